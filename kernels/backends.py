@@ -1,0 +1,118 @@
+"""One mechanism by which every operator chooses its backend, says why, and remembers what it used."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zoo.kernels.errors import BackendError, did_you_mean
+
+logger = logging.getLogger("zoo.kernels")
+
+Features = tuple[str, ...]
+"""What a call asks for beyond the plain case, e.g. `("segment_ids", "float64")`: what a backend may have to refuse."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    Attributes:
+        name: What the caller writes in `backend=`.
+        why_not: `(device_type, features) -> reason`, or None where it can run. Must not import heavy packages.
+    """
+
+    name: str
+    why_not: Callable[[str, Features], str | None]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator and its backends, the fastest first."""
+
+    name: str
+    backends: tuple[Backend, ...]
+
+
+_operators: dict[str, Operator] = {}
+_used: dict[str, dict[str, None]] = {}
+
+
+def register(name: str, backends: Sequence[Backend]) -> None:
+    """Makes an operator known; its `backends` are tried in the order given."""
+    _operators[name] = Operator(name, tuple(backends))
+
+
+def operators() -> tuple[Operator, ...]:
+    """Returns every registered operator."""
+    return tuple(_operators.values())
+
+
+def missing(package: str, extra: str) -> str | None:
+    """Says that `package` is not installed and which extra installs it, or returns None where it is there."""
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed (pip install 'subquadratic-zoo[{extra}]')"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def resolve(operator: str, requested: str, device_type: str, features: Features = ()) -> str:
+    """Chooses the backend for one call.
+
+    Args:
+        operator: Name of a registered operator.
+        requested: `"auto"` for the fastest that can run, or a backend's name.
+        device_type: `tensor.device.type` of the inputs.
+        features: What the call asks for, see `Features`.
+
+    Returns:
+        The name of the backend that runs the call.
+
+    Raises:
+        BackendError: The named backend does not exist, or cannot run this call; nothing else is taken in its place.
+    """
+    chosen = _choose(operator, requested, device_type, features)
+    _used.setdefault(operator, {})[chosen] = None
+    return chosen
+
+
+@functools.cache
+def _choose(operator: str, requested: str, device_type: str, features: Features) -> str:
+    backends = _operators[operator].backends
+    names = [backend.name for backend in backends]
+    if requested not in ("auto", *names):
+        mend = did_you_mean(requested, ["auto", *names])
+        raise BackendError(f"{operator}: no backend is called {requested!r}: {mend}")
+    rejected = []
+    for backend in backends:
+        if requested not in ("auto", backend.name):
+            continue
+        reason = backend.why_not(device_type, features)
+        if reason is None:
+            asked = f" with {', '.join(features)}" if features else ""
+            because = f" (not {'; not '.join(rejected)})" if rejected else ""
+            logger.info("%s on %s%s runs on backend %s%s", operator, device_type, asked, backend.name, because)
+            return backend.name
+        rejected.append(f"{backend.name}: {reason}")
+    mend = "pass backend='auto'" if requested != "auto" else "move the tensors to another device"
+    raise BackendError(f"{operator}: cannot run on {device_type} with backend {requested!r}: {rejected[0]}; {mend}")
+
+
+def used() -> dict[str, str]:
+    """Returns the backends that ran in this process: operator -> names joined by "+", in order of first use."""
+    return {operator: "+".join(names) for operator, names in _used.items()}
+
+
+def describe(device_type: str) -> list[tuple[str, str, list[tuple[str, str | None]]]]:
+    """For each operator: its name, the backend that `auto` takes on this device, and (backend, reason why not)."""
+    rows = []
+    for operator in operators():
+        verdicts = [(backend.name, backend.why_not(device_type, ())) for backend in operator.backends]
+        choice = next((name for name, reason in verdicts if reason is None), "none")
+        rows.append((operator.name, choice, verdicts))
+    return rows
