@@ -20,6 +20,7 @@ stored state is still the one before the reset.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.kernels import backends
-from zoo.kernels.checks import check_tensors
+from zoo.kernels.checks import check_rank, check_tensors
 from zoo.kernels.selective_scan.reference import reference
 
 CHUNK = 32
@@ -73,8 +74,232 @@ backends.register(
     "selective_scan",
     [
         backends.Backend("cuda", _why_not_cuda),
-        backends.Backend("triton", _why_not_triton),
+        # numba stands before triton because a CPU can have both: under its interpreter Triton is only for tests.
         backends.Backend("numba", _why_not_numba),
+        backends.Backend("triton", _why_not_triton),
         backends.Backend("reference", lambda device_type, features: None),
     ],
 )
+
+
+@functools.cache
+def _backend(name: str) -> ModuleType:
+    return importlib.import_module(f"zoo.kernels.selective_scan.{name}_backend")
+
+
+def state_dtype(u: Tensor) -> torch.dtype:
+    """Returns the dtype of states: float64 for float64 inputs, else float32, whatever the inputs' precision."""
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("zoo::selective_scan_forward", mutates_args=())
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+    save_checkpoints: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backend(backend).forward(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, save_checkpoints
+    )
+
+
+@_forward.register_fake
+def _(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, save_checkpoints, backend):  # type: ignore[no-untyped-def]
+    batch, time, channels = u.shape
+    state = (batch, channels, A.shape[1])
+    chunks = (batch, -(-time // CHUNK), channels, A.shape[1])
+    dtype = state_dtype(u)
+    return (
+        u.new_empty(u.shape),
+        u.new_empty(state, dtype=dtype),
+        u.new_empty(chunks if save_checkpoints else (0,), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("zoo::selective_scan_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    segment_ids: Tensor | None,
+    checkpoints: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _backend(backend).backward(
+        dy.contiguous(), dfinal_state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, checkpoints
+    )
+    # A custom op cannot return None, so an absent optional has an empty gradient.
+    return tuple(
+        u.new_empty(0) if like is None else gradient.to(like.dtype)
+        for gradient, like in zip(gradients, (u, dt, A, B, C, D, z, dt_bias, checkpoints), strict=True)
+    )
+
+
+@_backward.register_fake
+def _(dy, dfinal_state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, checkpoints, backend):  # type: ignore[no-untyped-def]
+    state = checkpoints.new_empty((u.shape[0], u.shape[2], A.shape[1]))
+    return tuple(
+        u.new_empty(0) if like is None else like.new_empty(like.shape)
+        for like in (u, dt, A, B, C, D, z, dt_bias, state)
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, _, backend = inputs
+    checkpoints = output[2]
+    ctx.save_for_backward(u, dt, A, B, C, D, z, dt_bias, segment_ids, checkpoints)
+    ctx.dt_softplus, ctx.backend = dt_softplus, backend
+    ctx.state_dtype = None if initial_state is None else initial_state.dtype
+    ctx.mark_non_differentiable(checkpoints)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
+    u, dt, A, B, C, D, z, dt_bias, segment_ids, checkpoints = ctx.saved_tensors
+    if dy is None and dfinal_state is None:
+        return (None,) * 13
+    if dy is None:
+        dy = torch.zeros_like(u)
+    *gradients, dinitial_state = torch.ops.zoo.selective_scan_backward(
+        dy, dfinal_state, u, dt, A, B, C, D, z, dt_bias, ctx.dt_softplus, segment_ids, checkpoints, ctx.backend
+    )
+    present = [
+        g if like is not None else None for g, like in zip(gradients, (u, dt, A, B, C, D, z, dt_bias), strict=True)
+    ]
+    dinitial_state = None if ctx.state_dtype is None else dinitial_state.to(ctx.state_dtype)
+    return (*present, None, dinitial_state, None, None, None)
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Runs the selective state-space recurrence of Mamba-1 (arXiv 2312.00752, algorithm 2) over time.
+
+    Per batch row, channel d and state n, with delta = softplus(dt + dt_bias) (softplus only if `dt_softplus`):
+
+        h_t[d, n] = exp(delta_t[d] A[d, n]) h_{t-1}[d, n] + delta_t[d] B_t[n] u_t[d]
+        y_t[d]    = (sum_n C_t[n] h_t[d, n] + D[d] u_t[d]) silu(z_t[d])
+
+    Args:
+        u: Input, (B, T, D).
+        dt: Step size before bias and softplus, (B, T, D).
+        A: Continuous-time decay, (D, N); negative for a stable recurrence.
+        B: Input projection, (B, T, N).
+        C: Output projection, (B, T, N).
+        D: Skip weight, (D,).
+        z: Gate, (B, T, D).
+        dt_bias: Added to `dt` before the softplus, (D,).
+        dt_softplus: Whether the step size passes through a softplus.
+        initial_state: State before the first step, (B, D, N); zero where absent. It belongs to each row's first segment.
+        segment_ids: Document of each token, (B, T) integers. The state is reset to zero wherever the id changes.
+        backend: `"auto"` or one of cuda, triton, numba, reference. A named backend that cannot run is an error.
+
+    Returns:
+        `(y, final_state)`: y (B, T, D) in u's dtype; final_state (B, D, N), the state after the last step, float32
+        (float64 if u is). Gradients flow from both, to every floating input.
+
+    Raises:
+        ZooError: An argument has a wrong shape, dtype or device.
+        BackendError: The named backend cannot run this call.
+    """
+    check_rank("selective_scan", "u", u, "B T D")
+    check_rank("selective_scan", "A", A, "D N")
+    batch, time, channels = u.shape
+    check_tensors(
+        "selective_scan",
+        {"B": batch, "T": time, "D": channels, "N": A.shape[1]},
+        u.device,
+        {
+            "u": (u, "B T D", "float"),
+            "dt": (dt, "B T D", "float"),
+            "A": (A, "D N", "float"),
+            "B": (B, "B T N", "float"),
+            "C": (C, "B T N", "float"),
+            "D": (D, "D", "float"),
+            "z": (z, "B T D", "float"),
+            "dt_bias": (dt_bias, "D", "float"),
+            "initial_state": (initial_state, "B D N", "float"),
+            "segment_ids": (segment_ids, "B T", "integer"),
+        },
+    )
+    chosen = backends.resolve("selective_scan", backend, u.device.type, _features(u, A, initial_state, segment_ids))
+    if chosen == "reference":
+        return reference(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids)
+    inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, final_state, _ = torch.ops.zoo.selective_scan_forward(
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, differentiable, chosen
+    )
+    return y, final_state
+
+
+def _features(u: Tensor, A: Tensor, initial_state: Tensor | None, segment_ids: Tensor | None) -> backends.Features:
+    features = []
+    if u.dtype == torch.float64:
+        features.append("float64")
+    if initial_state is not None:
+        features.append("initial_state")
+    if segment_ids is not None:
+        features.append("segment_ids")
+    if A.shape[1] > 256:
+        features.append("d_state > 256")
+    return tuple(features)
+
+
+def flops(
+    batch: int, time: int, channels: int, d_state: int, *, D: bool = True, z: bool = True, backward: bool = False
+) -> int:
+    """Counts the floating-point operations of one call; an exp, a softplus or a silu counts as one.
+
+    Forward, per token and channel: 7 for each state (delta A, exp, decay, delta u B, sum, C h, sum), 1 for delta u,
+    2 for the bias and softplus of the step size, 2 for the skip, 2 for the gate.
+    Backward recomputes the states (5 each) and takes 15 more per state for the gradients of u, delta, A, B and C.
+    """
+    per_channel = 3 + 2 * D + 2 * z
+    per_state = 7
+    if backward:
+        per_channel, per_state = 3 * per_channel, 20
+    return batch * time * channels * (per_state * d_state + per_channel)
+
+
+@register_flop_formula(torch.ops.zoo.selective_scan_forward)
+def _forward_flops(u, dt, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return flops(*u, A[1], D=D is not None, z=z is not None)
+
+
+@register_flop_formula(torch.ops.zoo.selective_scan_backward)
+def _backward_flops(dy, dfinal_state, u, dt, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return flops(*u, A[1], D=D is not None, z=z is not None, backward=True)
