@@ -1,0 +1,27 @@
+"""A model zoo of sub-quadratic sequence architectures. Importing it needs torch alone."""
+
+from zoo._version import __version__
+from zoo.checkpoint import load_pretrained, save_pretrained
+from zoo.config import ModelConfig
+from zoo.generation import generate
+from zoo.kernels.errors import ZooError
+from zoo.mixer import Mixer
+from zoo.model import Model, ModelOutput, ModelState, create_model, state_bytes
+from zoo.registry import list_models, register
+
+__all__ = [
+    "Mixer",
+    "Model",
+    "ModelConfig",
+    "ModelOutput",
+    "ModelState",
+    "ZooError",
+    "__version__",
+    "create_model",
+    "generate",
+    "list_models",
+    "load_pretrained",
+    "register",
+    "save_pretrained",
+    "state_bytes",
+]

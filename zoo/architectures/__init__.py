@@ -1,0 +1,1 @@
+"""One file per architecture; the registry imports each of them."""

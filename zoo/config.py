@@ -1,0 +1,18 @@
+"""The configuration that every architecture shares: what the shell around the mixers needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zoo.settings import Settings, setting
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Settings):
+    """Base of each architecture's config. Subclasses add the settings of their mixer as flat fields."""
+
+    vocab_size: int = setting(help="number of token ids; the data decide it in training", minimum=1)
+    d_model: int = setting(128, "width of the residual stream", minimum=1)
+    n_layers: int = setting(2, "number of blocks", minimum=1)
+    tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
+    norm_eps: float = setting(1e-5, "epsilon inside every norm of the shell", above=0)

@@ -1,0 +1,42 @@
+"""Feed-forward sublayers: they mix channels, token by token, and carry no state.
+
+Letters: B batch, T time, D d_model, F hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo.config import ModelConfig
+from zoo.mixer import Mixer
+
+
+class SwiGLU(Mixer):
+    """Gated feed-forward, down(SiLU(gate x) * up x) (Shazeer 2020, arXiv 2002.05202).
+
+    Args:
+        config: The model's config.
+        layer: Number of the block.
+        d_hidden: F.
+        n_residual: Residual sublayers per block, for the initialisation of the output projection.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, d_hidden: int, n_residual: int = 2) -> None:
+        super().__init__(config, layer)
+        self.up_proj = nn.Linear(config.d_model, 2 * d_hidden, bias=False)  # gate first, then up
+        self.down_proj = nn.Linear(d_hidden, config.d_model, bias=False)
+        nn.init.normal_(self.up_proj.weight, std=0.02)
+        nn.init.normal_(self.down_proj.weight, std=0.02 / math.sqrt(n_residual * config.n_layers))
+
+    def forward(self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Maps (B, T, D) to (B, T, D); the state passes through."""
+        gate, up = self.up_proj(x).chunk(2, dim=-1)  # each (B, T, F)
+        return self.down_proj(F.silu(gate) * up), state
+
+    def flops(self, seq_len: int) -> int:
+        """Three matrix products per token."""
+        return 2 * seq_len * (self.up_proj.weight.numel() + self.down_proj.weight.numel())

@@ -1,0 +1,83 @@
+"""The contract of everything that sits inside a block: one `forward` for training, prefill and decoding.
+
+Letters: B batch, T time, D d_model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ModelConfig
+
+
+class NoState(NamedTuple):
+    """The state of a mixer that remembers nothing, such as a feed-forward."""
+
+
+class Mixer(nn.Module):
+    """A residual sublayer: mixes information along time (attention, a recurrence) or along channels (a feed-forward).
+
+    A subclass sets up its parameters, initialisation included, in `__init__(config, layer)` and overrides what is
+    below. A mixer without a state only needs `forward` and `flops`.
+
+    A state is a NamedTuple of tensors whose first dimension is the batch; the shell never looks inside.
+    """
+
+    @classmethod
+    def sublayers(cls, config: Any, layer: int) -> list[Mixer]:
+        """The residual sublayers of block number `layer`, in order. By default the mixer alone."""
+        return [cls(config, layer)]
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Maps the normalised residual stream to the update of this sublayer.
+
+        Args:
+            x: Input, (B, T, D).
+            state: None: the whole sequence at once, and None comes back. Otherwise continue after what the state has
+                seen; T may be 1, a chunk or a training segment, and gradients flow into an incoming state.
+            segment_ids: (B, T), packed documents: a token sees no token with another id, and the state that comes out
+                belongs to the last document of each row. The incoming state belongs to the row's first document
+                (the shell has reset it where it does not).
+
+        Returns:
+            The update, (B, T, D), and the next state (None if none went in).
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+        """The state before the first token. `dtype` is that of cached activations; recurrent states are fp32."""
+        return NoState()
+
+    def reset_state(self, state: Any, rows: Tensor) -> Any:
+        """The state with those batch rows (bool, (B,)) as before the first token.
+
+        This default serves states of constant size; one that grows overrides it.
+        """
+        if not state:
+            return state
+        fresh = self.init_state(rows.shape[0], device=state[0].device, dtype=state[0].dtype)
+        return type(state)(*(torch.where(_rows_like(rows, old), new, old) for old, new in zip(state, fresh, strict=True)))
+
+    def flops(self, seq_len: int) -> int:
+        """Forward FLOPs (2 per multiply-add) for one sequence of that length, norms and activations left out."""
+        raise NotImplementedError
+
+    def state_size(self, seq_len: int) -> int:
+        """Elements of the state of one sequence after `seq_len` tokens; independent of it where memory is constant."""
+        return 0
+
+
+def _rows_like(rows: Tensor, other: Tensor) -> Tensor:
+    return rows.view(-1, *(1 for _ in other.shape[1:]))  # (B, 1, ...)
+
+
+def no_weight_decay(*parameters: nn.Parameter) -> None:
+    """Marks parameters that weight decay would harm; the optimiser groups honour the mark."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
