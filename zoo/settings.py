@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 import types
 import typing
@@ -149,3 +150,36 @@ def _coerce(value: Any, hint: Any) -> Any:
     if hint in (int, float) and isinstance(value, bool):
         return _WRONG_TYPE
     return value if isinstance(value, hint) else _WRONG_TYPE
+
+
+def parse_overrides(settings: type[S], arguments: Sequence[str], owner: str) -> S:
+    """Builds settings from `key=value` words of a command line.
+
+    Raises:
+        ConfigError: A word is not `key=value`, or the settings refuse it.
+    """
+    hints = field_types(settings)
+    values = {}
+    for word in arguments:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"{word!r} is not an argument of {owner}: write key=value, see --help")
+        values[key] = text if hints.get(key) in (str, None) else _parse(text)
+    return settings.from_dict(values, owner)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def describe_settings(settings: type[Settings]) -> list[tuple[str, str, str]]:
+    """Name, default and help of each field, for a help page."""
+    rows = []
+    for field in dataclasses.fields(settings):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        shown = "" if default is dataclasses.MISSING else "null" if default is None else str(default)
+        rows.append((field.name, shown, field.metadata.get("help", "")))
+    return rows

@@ -1,0 +1,153 @@
+"""Logits, loss and every gradient against `transformers`, with copied random weights: an oracle nobody here wrote."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+import zoo
+
+# Relative to the largest element of each compared tensor, in fp32: both sides add up in another order.
+TOLERANCE = 1e-4
+
+LLAMA_SIZES = {
+    "plain": {"d_model": 32, "n_heads": 4, "d_ff": 48},
+    "grouped queries, untied": {"d_model": 48, "n_heads": 6, "n_kv_heads": 2, "d_ff": 56, "tie_embeddings": False},
+    "odd sizes": {"d_model": 30, "n_heads": 3, "n_kv_heads": 1, "d_ff": 37, "rope_base": 500.0, "n_layers": 3},
+    "window": {"d_model": 32, "n_heads": 2, "d_ff": 40, "window": 9},
+}
+MAMBA_SIZES = {
+    "plain": {"d_model": 32},
+    "odd sizes": {"d_model": 21, "d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 7, "n_layers": 3},
+    "untied": {"d_model": 24, "d_state": 8, "tie_embeddings": False},
+}
+
+
+def randomise(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+def llama(ours: zoo.Model) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A Llama with our weights, and for each of its parameters ours (a view, so that gradients compare too)."""
+    c = ours.config
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads or c.n_heads,
+            intermediate_size=c.d_ff,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
+            tie_word_embeddings=c.tie_embeddings,
+            rms_norm_eps=c.norm_eps,
+            attn_implementation="sdpa",
+        )
+    )
+    names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
+    parts: dict[str, tuple[str, slice]] = {}
+    if not c.tie_embeddings:
+        names["lm_head.weight"] = "head.weight"
+    head = c.d_model // c.n_heads
+    kv = (c.n_kv_heads or c.n_heads) * head
+    for i in range(c.n_layers):
+        block, layer = f"blocks.{i}", f"model.layers.{i}"
+        names[f"{layer}.input_layernorm.weight"] = f"{block}.norms.0.weight"
+        names[f"{layer}.post_attention_layernorm.weight"] = f"{block}.norms.1.weight"
+        names[f"{layer}.self_attn.o_proj.weight"] = f"{block}.mixers.0.out_proj.weight"
+        names[f"{layer}.mlp.down_proj.weight"] = f"{block}.mixers.1.down_proj.weight"
+        qkv, up = f"{block}.mixers.0.qkv_proj.weight", f"{block}.mixers.1.up_proj.weight"
+        parts[f"{layer}.self_attn.q_proj.weight"] = (qkv, slice(0, c.d_model))
+        parts[f"{layer}.self_attn.k_proj.weight"] = (qkv, slice(c.d_model, c.d_model + kv))
+        parts[f"{layer}.self_attn.v_proj.weight"] = (qkv, slice(c.d_model + kv, c.d_model + 2 * kv))
+        parts[f"{layer}.mlp.gate_proj.weight"] = (up, slice(0, c.d_ff))
+        parts[f"{layer}.mlp.up_proj.weight"] = (up, slice(c.d_ff, 2 * c.d_ff))
+    return theirs, names | parts
+
+
+def mamba(ours: zoo.Model) -> tuple[nn.Module, dict[str, str]]:
+    c = ours.config
+    theirs = MambaForCausalLM(
+        MambaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            num_hidden_layers=c.n_layers,
+            state_size=c.d_state,
+            conv_kernel=c.d_conv,
+            expand=c.expand,
+            time_step_rank=c.dt_rank or -(-c.d_model // 16),
+            layer_norm_epsilon=c.norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
+            use_cache=False,
+        )
+    )
+    names = {"backbone.embeddings.weight": "embedding.weight", "backbone.norm_f.weight": "norm.weight"}
+    if not c.tie_embeddings:
+        names["lm_head.weight"] = "head.weight"
+    for i in range(c.n_layers):
+        block, layer = f"blocks.{i}.mixers.0", f"backbone.layers.{i}"
+        names[f"{layer}.norm.weight"] = f"blocks.{i}.norms.0.weight"
+        for part in ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
+            names[f"{layer}.mixer.{part}"] = f"{block}.{part}"
+        names[f"{layer}.mixer.out_proj.weight"] = f"{block}.out_proj.weight"
+        names[f"{layer}.mixer.conv1d.weight"] = f"{block}.conv.weight"
+        names[f"{layer}.mixer.conv1d.bias"] = f"{block}.conv.bias"
+    return theirs, names
+
+
+def ours_for(source, tensors: dict[str, Tensor], like: Tensor) -> Tensor:
+    name, rows = source if isinstance(source, tuple) else (source, slice(None))
+    return tensors[name][rows].reshape(like.shape)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+CASES = [("transformer", llama, size) for size in LLAMA_SIZES.items()]
+CASES += [("mamba", mamba, size) for size in MAMBA_SIZES.items()]
+
+
+@pytest.mark.parametrize("time", [1, 63, 130])
+@pytest.mark.parametrize(("name", "build", "size"), CASES, ids=[f"{n}, {s[0]}" for n, _, s in CASES])
+def test_logits_loss_and_gradients(name, build, size, time) -> None:
+    ours = zoo.create_model(name, vocab_size=53, **size[1])
+    randomise(ours)
+    theirs, sources = build(ours)
+    weights = dict(ours.named_parameters())
+    untouched = {n for n, _ in theirs.named_parameters()} ^ sources.keys()
+    assert not untouched, "every parameter has its counterpart"
+    with torch.no_grad():
+        for parameter, source in sources.items():
+            target = theirs.get_parameter(parameter)
+            target.copy_(ours_for(source, weights, target))
+
+    tokens, targets = torch.randint(53, (2, time)), torch.randint(53, (2, time))
+    extra = {}
+    if getattr(ours.config, "window", None):  # their Llama has no window: give it ours as a mask, so that the rule is theirs
+        i = torch.arange(time)
+        seen = (i[:, None] >= i) & (i[:, None] - i < ours.config.window)
+        extra["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(2, 1, time, time)
+    out, expected = ours(tokens).logits, theirs(tokens, **extra).logits
+    assert relative_error(out, expected) < TOLERANCE
+    loss, expected_loss = (F.cross_entropy(o.flatten(0, 1), targets.flatten()) for o in (out, expected))
+    assert abs(loss.item() / expected_loss.item() - 1) < TOLERANCE
+    loss.backward()
+    expected_loss.backward()
+    grads = {n: p.grad for n, p in weights.items()}
+    for parameter, source in sources.items():
+        expected_grad = theirs.get_parameter(parameter).grad
+        actual = ours_for(source, grads, expected_grad)
+        if expected_grad.abs().max() < 1e-7:  # a lone token has nothing to attend to: rounding noise
+            assert time == 1
+            assert actual.abs().max() < 1e-7
+        else:
+            assert relative_error(actual, expected_grad) < TOLERANCE, parameter

@@ -1,0 +1,5 @@
+"""`python -m zoo VERB ...`."""
+
+from zoo.cli import main
+
+main()
