@@ -1,0 +1,47 @@
+"""Data: the same batches for every architecture, from a config and a seed."""
+
+from zoo.train.data.base import (
+    SPLITS,
+    DataConfig,
+    DataModule,
+    Entry,
+    Source,
+    create_source,
+    get_data,
+    list_data,
+    register_data,
+)
+from zoo.train.data.codec import ByteCodec, Codec, TokenizerCodec, codec_from_dict
+from zoo.train.data.mqar import MQAR, MQARConfig
+from zoo.train.data.pystdlib import PyStdlib, PyStdlibConfig
+from zoo.train.data.stream import IGNORE, Batch, BatchHash, BatchStream, EvalBatches
+from zoo.train.data.text import PackedText, PackedTextConfig, Text, TextConfig
+
+__all__ = [
+    "IGNORE",
+    "MQAR",
+    "SPLITS",
+    "Batch",
+    "BatchHash",
+    "BatchStream",
+    "ByteCodec",
+    "Codec",
+    "DataConfig",
+    "DataModule",
+    "Entry",
+    "EvalBatches",
+    "MQARConfig",
+    "PackedText",
+    "PackedTextConfig",
+    "PyStdlib",
+    "PyStdlibConfig",
+    "Source",
+    "Text",
+    "TextConfig",
+    "TokenizerCodec",
+    "codec_from_dict",
+    "create_source",
+    "get_data",
+    "list_data",
+    "register_data",
+]

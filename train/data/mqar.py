@@ -1,0 +1,319 @@
+"""`data=mqar`: multi-query associative recall (Zoology, arXiv 2312.04927; Based, arXiv 2402.18668).
+
+A sequence names `num_pairs` keys with their values, k0 v0 k1 v1 ..., then asks for each key once; the label stands at
+the asked key. In between is filler, token 0. Keys are the ids 1 ... V/2 - 1, values V/2 ... V - 1.
+
+Shape letters: N examples, L tokens per example, K key-value pairs, S slots for a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoo.kernels.errors import ConfigError
+from zoo.settings import setting
+from zoo.train.data.base import SPLITS, DataConfig, Source, register_data
+from zoo.train.data.cache import build, token_types
+from zoo.train.data.stream import IGNORE, SLICE_PREFIX
+
+if TYPE_CHECKING:
+    import datasets
+
+# Part of what the cache is found by: raise it whenever `generate` gives other examples for the same arguments.
+FORMAT = 1
+
+
+def generate(
+    num_examples: int,
+    seq_len: int,
+    num_pairs: int,
+    vocab_size: int,
+    seed: int,
+    power_a: float = 0.01,
+    random_fillers: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Examples equal, bit for bit, to those of the published generator (HazyResearch/zoology) for the same seed.
+
+    Its draws come from numpy's legacy generator in this order: the keys of all examples, the values of all examples,
+    the query slots of all examples. Only random fillers differ from it: there they depend on torch's global random
+    state, here on `seed` alone.
+
+    Args:
+        num_examples: N.
+        seq_len: L, even and below `vocab_size`.
+        num_pairs: K, with 4 K <= L.
+        vocab_size: V.
+        seed: in [0, 2^32).
+        power_a: query slot i = 1 ... S is drawn with probability proportional to i^(power_a - 1): small values put
+            queries early, 1 makes slots equally likely.
+        random_fillers: puts a random token of the whole vocabulary, 0 included, in the place of each filler.
+
+    Returns:
+        inputs (N, L) and targets (N, L), int64; targets are -100 but at the queries.
+
+    Raises:
+        ConfigError: the sizes do not go together.
+    """
+    _check(seq_len, num_pairs, vocab_size, power_a)
+    if num_examples < 1:
+        raise ConfigError(f"num_examples={num_examples}: expected at least 1")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: expected an integer from 0 to 2^32 - 1")
+    random = np.random.RandomState(seed)
+    key_ids = np.arange(1, vocab_size // 2)
+    value_ids = np.arange(vocab_size // 2, vocab_size)
+    context = 2 * num_pairs
+    slots = (seq_len - context) // 2
+    chances = power_a * np.arange(1, slots + 1) ** (power_a - 1)
+    chances = chances / chances.sum()
+
+    def draw(ids: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:  # (N, K)
+        return np.stack([random.choice(ids, num_pairs, replace=False, p=p) for _ in range(num_examples)])
+
+    keys, values, gaps = draw(key_ids), draw(value_ids), draw(np.arange(slots), chances)
+    inputs = np.zeros((num_examples, seq_len), dtype=np.int64)
+    targets = np.full((num_examples, seq_len), IGNORE, dtype=np.int64)
+    inputs[:, 0:context:2] = keys
+    inputs[:, 1:context:2] = values
+    queries = context + 2 * gaps
+    np.put_along_axis(inputs, queries, keys, axis=1)
+    np.put_along_axis(targets, queries, values, axis=1)
+    if random_fillers:
+        fillers = inputs == 0
+        inputs[fillers] = np.random.Generator(np.random.PCG64(seed)).integers(vocab_size, size=fillers.sum())
+    return inputs, targets
+
+
+def _check(seq_len: int, num_pairs: int, vocab_size: int, power_a: float) -> None:
+    if num_pairs < 1:
+        raise ConfigError(f"data.num_pairs={num_pairs}: expected at least 1")
+    if seq_len % 2:
+        raise ConfigError(f"data.seq_len={seq_len}: expected an even number")
+    if seq_len < 4 * num_pairs:
+        raise ConfigError(
+            f"data.seq_len={seq_len} is too short for data.num_pairs={num_pairs}: expected at least {4 * num_pairs}"
+        )
+    if vocab_size <= seq_len:
+        raise ConfigError(f"data.vocab_size={vocab_size}: expected more than data.seq_len={seq_len}")
+    if not power_a > 0:
+        raise ConfigError(f"data.power_a={power_a}: expected a number above 0")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some examples of one shape."""
+
+    seq_len: int
+    num_pairs: int
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published or proposed setting.
+
+    Attributes:
+        train: segments, in the order in which they are trained on.
+        validation: segments; the published code has none, it validates on its test set.
+        test: segments.
+        lines: the pairs that belong to a length, used when a run asks for one length.
+        batch_sizes: training batch for lengths up to the first number.
+        eval_batch_size: of validation and test; None: as in training.
+    """
+
+    train: tuple[Segment, ...]
+    validation: tuple[Segment, ...]
+    test: tuple[Segment, ...]
+    lines: dict[int, int]
+    batch_sizes: dict[int, int]
+    eval_batch_size: int | None
+    vocab_size: int
+    shuffle: bool
+    random_fillers: bool
+    power_a: float = 0.01
+
+
+_BASED_TEST = tuple(
+    Segment(length, pairs, 1_000)
+    for length, pairs in ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+)
+
+PRESETS = {
+    # Two CPU cores learn it in a minute or two; a plain GRU stays near one right answer in four.
+    "nano": Preset(
+        train=(Segment(32, 4, 100_000),),
+        validation=(Segment(32, 4, 512),),
+        test=(Segment(32, 4, 2_048),),
+        lines={32: 4, 64: 4},
+        batch_sizes={64: 64},
+        eval_batch_size=512,
+        vocab_size=64,
+        shuffle=True,
+        random_fillers=False,
+    ),
+    # Figure 2 of arXiv 2312.04927: one line at a time, chosen by data.seq_len.
+    "zoology_fig2": Preset(
+        train=(Segment(64, 4, 100_000),),
+        validation=(Segment(64, 4, 3_000),),
+        test=(Segment(64, 4, 3_000),),
+        lines={64: 4, 128: 8, 256: 16, 512: 64},
+        batch_sizes={128: 512, 256: 256, 512: 128, 1024: 64},
+        eval_batch_size=None,
+        vocab_size=8_192,
+        shuffle=False,
+        random_fillers=False,
+    ),
+    # The recall experiment of arXiv 2402.18668, as in the published code.
+    "based_recall": Preset(
+        train=(
+            Segment(64, 4, 100_000),
+            *(Segment(length, pairs, 20_000) for length, pairs in ((128, 8), (256, 16), (256, 32), (256, 64))),
+        ),
+        validation=_BASED_TEST,
+        test=_BASED_TEST,
+        lines={64: 4, 128: 8, 256: 16, 512: 128, 1024: 256},
+        batch_sizes={1024: 256},
+        eval_batch_size=32,
+        vocab_size=8_192,
+        shuffle=False,
+        random_fillers=True,
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class MQARConfig(DataConfig):
+    """Settings of `data=mqar`. None takes the preset's value.
+
+    With `seq_len` or `num_pairs` every split is one segment of that shape.
+    """
+
+    preset: str = setting("nano", "the setting to start from", choices=list(PRESETS))
+    seq_len: int | None = setting(None, "tokens per sequence, even", minimum=4)
+    num_pairs: int | None = setting(None, "key-value pairs per sequence, at most seq_len / 4", minimum=1)
+    vocab_size: int | None = setting(None, "token ids: filler, keys and values; above seq_len", minimum=5)
+    num_examples: int | None = setting(None, "training examples per segment", minimum=1)
+    validation_examples: int | None = setting(None, "validation examples per segment", minimum=1)
+    test_examples: int | None = setting(None, "test examples per segment", minimum=1)
+    power_a: float | None = setting(None, "how early queries come; 1 spreads them evenly", above=0)
+    random_fillers: bool | None = setting(None, "random tokens between the queries instead of token 0")
+    data_seed: int = setting(
+        123, "makes the examples; the run's own seed only orders them", minimum=0, maximum=2**32 - 1
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses values that cannot work.
+
+        Raises:
+            ConfigError: A value is out of range, or the sizes do not go together.
+        """
+        super().__post_init__()
+        vocab_size, power_a = _given(self.vocab_size, self.base.vocab_size), _given(self.power_a, self.base.power_a)
+        for split in SPLITS:
+            for segment in self.segments(split):
+                _check(segment.seq_len, segment.num_pairs, vocab_size, power_a)
+
+    @property
+    def base(self) -> Preset:
+        """The preset that fills in what is None."""
+        return PRESETS[self.preset]
+
+    def segments(self, split: str) -> tuple[Segment, ...]:
+        """The segments of "train", "validation" or "test".
+
+        Raises:
+            ConfigError: the preset knows no number of pairs for `seq_len`, and none is given.
+        """
+        segments: tuple[Segment, ...] = getattr(self.base, split)
+        if self.seq_len is not None or self.num_pairs is not None:
+            seq_len = _given(self.seq_len, segments[0].seq_len)
+            num_pairs = self.base.lines.get(seq_len) if self.num_pairs is None else self.num_pairs
+            if num_pairs is None:
+                known = ", ".join(f"{length} with {pairs} pairs" for length, pairs in self.base.lines.items())
+                raise ConfigError(
+                    f"data.seq_len={seq_len} is not in data.preset={self.preset} ({known}): give data.num_pairs too"
+                )
+            segments = (Segment(seq_len, num_pairs, segments[0].num_examples),)
+        wanted = self.examples(split)
+        return tuple(Segment(s.seq_len, s.num_pairs, _given(wanted, s.num_examples)) for s in segments)
+
+    def seeds(self, split: str) -> list[int]:
+        """The seed of each segment: the published code's for training and test, the draws after them for validation."""
+        random = np.random.RandomState(self.data_seed)
+        drawn = {}
+        for name, low, high in (("train", 0, 2**31), ("test", 2**31, 2**32), ("validation", 2**31, 2**32)):
+            drawn[name] = random.randint(low, high, size=len(self.segments(name)), dtype=np.int64).tolist()
+        return drawn[split]
+
+
+def _given(value: Any, preset: Any) -> Any:
+    return preset if value is None else value
+
+
+@register_data("mqar", config=MQARConfig)
+class MQAR(Source[MQARConfig]):
+    """Multi-query associative recall, in segments of one shape each; slices `seq_len` and `num_pairs`.
+
+    Args:
+        config: its settings.
+    """
+
+    def __init__(self, config: MQARConfig) -> None:
+        self.config = config
+        preset, train = config.base, config.segments("train")
+        longest = max(segment.seq_len for segment in train)
+        fitting = [size for limit, size in preset.batch_sizes.items() if longest <= limit]
+        self.vocab_size = _given(config.vocab_size, preset.vocab_size)
+        self.batch_size = _given(config.batch_size, fitting[0] if fitting else min(preset.batch_sizes.values()))
+        self.eval_batch_size = _given(config.eval_batch_size, _given(preset.eval_batch_size, self.batch_size))
+        self.shuffle = _given(config.shuffle, preset.shuffle)
+        evaluated = config.segments("validation") + config.segments("test")
+        self.slice_values = {
+            name: sorted({getattr(segment, name) for segment in evaluated}) for name in ("seq_len", "num_pairs")
+        }
+        # Micro accuracy over the test labels, each example having num_pairs of them.
+        test = config.segments("test")
+        labels = sum(segment.num_examples * segment.num_pairs for segment in test)
+        self.levels = {
+            "chance": 1 / self.vocab_size,
+            "plateau": sum(segment.num_examples for segment in test) / labels,
+        }
+
+    def load(self, split: str) -> list[datasets.Dataset]:
+        """The segments of a split."""
+        config = self.config
+        inputs, targets = token_types(self.vocab_size)
+        return [
+            build(
+                _rows,
+                {
+                    "inputs": (inputs, segment.seq_len),
+                    "targets": (targets, segment.seq_len),
+                    f"{SLICE_PREFIX}seq_len": ("int32", None),
+                    f"{SLICE_PREFIX}num_pairs": ("int32", None),
+                },
+                num_examples=segment.num_examples,
+                seq_len=segment.seq_len,
+                num_pairs=segment.num_pairs,
+                vocab_size=self.vocab_size,
+                seed=seed,
+                power_a=_given(config.power_a, config.base.power_a),
+                random_fillers=_given(config.random_fillers, config.base.random_fillers),
+                format=FORMAT,
+            )
+            for segment, seed in zip(config.segments(split), config.seeds(split), strict=True)
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """The preset, and the seed of the examples."""
+        return {"preset": self.config.preset, "data_seed": self.config.data_seed}
+
+
+def _rows(format: int, **arguments: Any) -> Iterator[dict[str, Any]]:
+    shape = {f"{SLICE_PREFIX}{name}": arguments[name] for name in ("seq_len", "num_pairs")}
+    for inputs, targets in zip(*generate(**arguments), strict=True):
+        yield {"inputs": inputs, "targets": targets} | shape
