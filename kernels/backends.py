@@ -8,8 +8,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from zoo.kernels.errors import BackendError, did_you_mean
 
 logger = logging.getLogger("zoo.kernels")
@@ -60,7 +58,6 @@ def missing(package: str, extra: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def resolve(operator: str, requested: str, device_type: str, features: Features = ()) -> str:
     """Chooses the backend for one call.
 
@@ -79,6 +76,11 @@ def resolve(operator: str, requested: str, device_type: str, features: Features 
     chosen = _choose(operator, requested, device_type, features)
     _used.setdefault(operator, {})[chosen] = None
     return chosen
+
+
+# torch.compile then takes the result as a constant instead of tracing into logging and package look-ups. The public
+# spelling, torch.compiler.assume_constant_result, does no more than this but first imports all of torch._dynamo.
+vars(resolve)["_dynamo_marked_constant"] = True
 
 
 @functools.cache

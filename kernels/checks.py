@@ -52,5 +52,5 @@ def check_rank(operator: str, name: str, tensor: Tensor, letters: str) -> None:
         raise ZooError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected ({letters}): reshape {name}")
     if 0 in tensor.shape:
         raise ZooError(
-            f"{operator}: {name} has shape {tuple(tensor.shape)}: pass at least one element in each dimension"
+            f"{operator}: {name} has shape {tuple(tensor.shape)}: expected no empty dimension: pass a longer {name}"
         )

@@ -13,9 +13,9 @@ An absent optional is None, in and out; dfinal_state may be None too. Tensors ar
 strides (z, B and C are often views into a projection); dy is contiguous. y has u's dtype and is contiguous,
 final_state and checkpoints have the state's dtype (`state_dtype`), gradients may have any floating dtype: they are
 cast to their input's dtype here. dinitial_state is always returned; backward drops it where there was no initial_state.
-checkpoints (B, K, D, N) holds the state at the START of each chunk, so `checkpoints[:, 0]` is the initial state; it is
-an empty tensor of shape (0,) where save_checkpoints is False. Where a segment begins exactly at a chunk's start the
-stored state is still the one before the reset.
+checkpoints (B, K, D, N) holds what the backend's own backward needs to restart each chunk, that is the state at the
+START of the chunk (before a reset that falls on its first step); the order inside one (D, N) slab is the backend's business.
+It is an empty tensor of shape (0,) where save_checkpoints is False.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from zoo.kernels import backends
+from zoo.kernels import backends, flop_formulas
 from zoo.kernels.checks import check_rank, check_tensors
 from zoo.kernels.selective_scan.reference import reference
 
@@ -223,7 +222,7 @@ def selective_scan(
         z: Gate, (B, T, D).
         dt_bias: Added to `dt` before the softplus, (D,).
         dt_softplus: Whether the step size passes through a softplus.
-        initial_state: State before the first step, (B, D, N); zero where absent. It belongs to each row's first segment.
+        initial_state: State before the first step, (B, D, N); zero where absent. Belongs to each row's first segment.
         segment_ids: Document of each token, (B, T) integers. The state is reset to zero wherever the id changes.
         backend: `"auto"` or one of cuda, triton, numba, reference. A named backend that cannot run is an error.
 
@@ -295,11 +294,13 @@ def flops(
     return batch * time * channels * (per_state * d_state + per_channel)
 
 
-@register_flop_formula(torch.ops.zoo.selective_scan_forward)
 def _forward_flops(u, dt, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return flops(*u, A[1], D=D is not None, z=z is not None)
 
 
-@register_flop_formula(torch.ops.zoo.selective_scan_backward)
 def _backward_flops(dy, dfinal_state, u, dt, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return flops(*u, A[1], D=D is not None, z=z is not None, backward=True)
+
+
+flop_formulas.register(torch.ops.zoo.selective_scan_forward, _forward_flops)
+flop_formulas.register(torch.ops.zoo.selective_scan_backward, _backward_flops)

@@ -1,0 +1,443 @@
+"""The selective scan on CPUs: compiled loops over vectors of 16 channels, forward and backward.
+
+A task is one batch row and up to `RANGE` blocks of 16 channels; tasks run in parallel and never share memory that they
+write. Inside a block, lane i of a vector is channel d0 + i; the state is N such vectors. The README of this folder
+derives the backward pass.
+
+Shape letters: B batch, T time, D channels, N state size, K chunks, R ranges of channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo.kernels import parallel
+from zoo.kernels.selective_scan.op import CHUNK, state_dtype
+from zoo.kernels.simd import (
+    LANES,
+    LOG2_E,
+    exp2,
+    jit,
+    load,
+    load_some,
+    sigmoid,
+    softplus_and_slope,
+    store,
+    store_some,
+    total,
+)
+
+RANGE = 8
+"""Blocks per task. dB and dC are summed over a task's blocks in place, and over tasks afterwards."""
+
+LN_2 = math.log(2)
+
+
+@jit
+def _columns_to_vectors(matrix, start, vectors, at, width, n_state, factor):  # type: ignore[no-untyped-def]
+    """Packs rows d0..d0+width of a (.., D, N) array into N vectors with one lane per row."""
+    for n in range(n_state):
+        for i in range(LANES):
+            vectors[at + n * LANES + i] = matrix[start + i * n_state + n] * factor if i < width else 0.0
+
+
+@jit
+def _vectors_to_columns(vectors, at, matrix, start, width, n_state):  # type: ignore[no-untyped-def]
+    for n in range(n_state):
+        for i in range(width):
+            matrix[start + i * n_state + n] = vectors[at + n * LANES + i]
+
+
+@jit
+def _zero(vectors, at, count):  # type: ignore[no-untyped-def]
+    for i in range(at, at + count):
+        vectors[i] = 0.0
+
+
+@jit
+def _step_size(dt, at, bias, softplus, width):  # type: ignore[no-untyped-def]
+    """The step size and its derivative with respect to dt."""
+    x = load_some(dt, at, width) + bias
+    if softplus:
+        return softplus_and_slope(x)
+    return x, x * 0.0 + 1.0
+
+
+@jit
+def _forward(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    sizes,
+    u,
+    u_at,
+    dt,
+    dt_at,
+    A,
+    B,
+    B_at,
+    C,
+    C_at,
+    D,
+    z,
+    z_at,
+    dt_bias,
+    initial_state,
+    resets,
+    flags,
+    y,
+    final_state,
+    checkpoints,
+):
+    n_time, n_channels, n_state = sizes
+    has_z, softplus, has_initial, has_resets, save = flags
+    n_ranges = -(-n_channels // (RANGE * LANES))
+    n_chunks = -(-n_time // CHUNK)
+    block_size = n_state * LANES
+    decay = np.empty(RANGE * block_size, u.dtype)
+    state = np.empty(RANGE * block_size, u.dtype)
+
+    for task in range(first, last):
+        b, r = divmod(task, n_ranges)
+        range_start = r * RANGE * LANES
+        range_stop = min(n_channels, range_start + RANGE * LANES)
+        for d0 in range(range_start, range_stop, LANES):
+            at = (d0 - range_start) * n_state
+            width = min(LANES, n_channels - d0)
+            _columns_to_vectors(A, d0 * n_state, decay, at, width, n_state, LOG2_E)
+            if has_initial:
+                _columns_to_vectors(initial_state, (b * n_channels + d0) * n_state, state, at, width, n_state, 1.0)
+            else:
+                _zero(state, at, block_size)
+
+        for chunk in range(n_chunks):
+            for d0 in range(range_start, range_stop, LANES):
+                at = (d0 - range_start) * n_state
+                width = min(LANES, n_channels - d0)
+                skip = load_some(D, d0, width)
+                bias = load_some(dt_bias, d0, width)
+                if save:
+                    saved = ((b * n_chunks + chunk) * n_channels + d0) * n_state
+                    for n in range(n_state):
+                        store_some(checkpoints, saved + n * width, load(state, at + n * LANES), width)
+
+                for t in range(chunk * CHUNK, min(n_time, (chunk + 1) * CHUNK)):
+                    if has_resets and resets[b * n_time + t]:
+                        _zero(state, at, block_size)
+                    delta, _ = _step_size(dt, b * dt_at[0] + t * dt_at[1] + d0, bias, softplus, width)
+                    x = load_some(u, b * u_at[0] + t * u_at[1] + d0, width)
+                    drive = delta * x
+                    out = skip * x
+                    B_row = b * B_at[0] + t * B_at[1]
+                    C_row = b * C_at[0] + t * C_at[1]
+                    for n in range(n_state):
+                        i = at + n * LANES
+                        h = exp2(delta * load(decay, i)) * load(state, i) + drive * B[B_row + n]
+                        store(state, i, h)
+                        out = out + h * C[C_row + n]
+                    if has_z:
+                        gate = load_some(z, b * z_at[0] + t * z_at[1] + d0, width)
+                        out = out * (gate * sigmoid(gate))
+                    store_some(y, (b * n_time + t) * n_channels + d0, out, width)
+
+        for d0 in range(range_start, range_stop, LANES):
+            at = (d0 - range_start) * n_state
+            width = min(LANES, n_channels - d0)
+            _vectors_to_columns(state, at, final_state, (b * n_channels + d0) * n_state, width, n_state)
+
+
+@jit
+def _backward(  # type: ignore[no-untyped-def]
+    first,
+    last,
+    sizes,
+    dy,
+    dfinal_state,
+    u,
+    u_at,
+    dt,
+    dt_at,
+    A,
+    B,
+    B_at,
+    C,
+    C_at,
+    D,
+    z,
+    z_at,
+    dt_bias,
+    resets,
+    flags,
+    checkpoints,
+    du,
+    ddt,
+    dA,
+    dB,
+    dC,
+    dD,
+    dz,
+    ddt_bias,
+    dinitial_state,
+):
+    n_time, n_channels, n_state = sizes
+    has_z, softplus, has_final, has_resets = flags
+    n_ranges = -(-n_channels // (RANGE * LANES))
+    n_chunks = -(-n_time // CHUNK)
+    block_size = n_state * LANES
+    decay = np.empty(RANGE * block_size, u.dtype)
+    decay_grad = np.empty(RANGE * block_size, u.dtype)
+    state_grad = np.empty(RANGE * block_size, u.dtype)
+    skip_grad = np.empty(RANGE * LANES, u.dtype)
+    bias_grad = np.empty(RANGE * LANES, u.dtype)
+    state = np.empty(block_size, u.dtype)
+    # One chunk of one block: the states before each step, the decays, and what the steps need per channel.
+    states = np.empty(CHUNK * block_size, u.dtype)
+    decays = np.empty(CHUNK * block_size, u.dtype)
+    deltas = np.empty(CHUNK * LANES, u.dtype)
+    slopes = np.empty(CHUNK * LANES, u.dtype)
+    y_grads = np.empty(CHUNK * LANES, u.dtype)
+    # One chunk, summed over the blocks of the task but not yet over the lanes.
+    B_grad = np.empty(CHUNK * block_size, u.dtype)
+    C_grad = np.empty(CHUNK * block_size, u.dtype)
+
+    for task in range(first, last):
+        b, r = divmod(task, n_ranges)
+        range_start = r * RANGE * LANES
+        range_stop = min(n_channels, range_start + RANGE * LANES)
+        for d0 in range(range_start, range_stop, LANES):
+            at = (d0 - range_start) * n_state
+            width = min(LANES, n_channels - d0)
+            _columns_to_vectors(A, d0 * n_state, decay, at, width, n_state, LOG2_E)
+            if has_final:
+                row = (b * n_channels + d0) * n_state
+                _columns_to_vectors(dfinal_state, row, state_grad, at, width, n_state, 1.0)
+            else:
+                _zero(state_grad, at, block_size)
+        _zero(decay_grad, 0, RANGE * block_size)
+        _zero(skip_grad, 0, RANGE * LANES)
+        _zero(bias_grad, 0, RANGE * LANES)
+
+        for chunk in range(n_chunks - 1, -1, -1):
+            start = chunk * CHUNK
+            stop = min(n_time, start + CHUNK)
+            _zero(B_grad, 0, CHUNK * block_size)
+            _zero(C_grad, 0, CHUNK * block_size)
+            for d0 in range(range_start, range_stop, LANES):
+                at = (d0 - range_start) * n_state
+                lane_at = d0 - range_start
+                width = min(LANES, n_channels - d0)
+                skip = load_some(D, d0, width)
+                bias = load_some(dt_bias, d0, width)
+                saved = ((b * n_chunks + chunk) * n_channels + d0) * n_state
+                for n in range(n_state):
+                    store(state, n * LANES, load_some(checkpoints, saved + n * width, width))
+
+                for t in range(start, stop):
+                    if has_resets and resets[b * n_time + t]:
+                        _zero(state, 0, block_size)
+                    delta, slope = _step_size(dt, b * dt_at[0] + t * dt_at[1] + d0, bias, softplus, width)
+                    x = load_some(u, b * u_at[0] + t * u_at[1] + d0, width)
+                    token = (b * n_time + t) * n_channels + d0
+                    out_grad = load_some(dy, token, width)
+                    y_grad = out_grad
+                    if has_z:
+                        gate = load_some(z, b * z_at[0] + t * z_at[1] + d0, width)
+                        s = sigmoid(gate)
+                        y_grad = out_grad * (gate * s)
+                    drive = delta * x
+                    out = skip * x
+                    B_row = b * B_at[0] + t * B_at[1]
+                    C_row = b * C_at[0] + t * C_at[1]
+                    step = (t - start) * block_size
+                    for n in range(n_state):
+                        i = n * LANES
+                        a = exp2(delta * load(decay, at + i))
+                        before = load(state, i)
+                        h = a * before + drive * B[B_row + n]
+                        store(states, step + i, before)
+                        store(decays, step + i, a)
+                        store(state, i, h)
+                        store(C_grad, step + i, load(C_grad, step + i) + y_grad * h)
+                        out = out + h * C[C_row + n]
+                    if has_z:
+                        store_some(dz, token, out_grad * out * (s * (1.0 + gate * (1.0 - s))), width)
+                    store(deltas, (t - start) * LANES, delta)
+                    store(slopes, (t - start) * LANES, slope)
+                    store(y_grads, (t - start) * LANES, y_grad)
+
+                for t in range(stop - 1, start - 1, -1):
+                    delta = load(deltas, (t - start) * LANES)
+                    y_grad = load(y_grads, (t - start) * LANES)
+                    x = load_some(u, b * u_at[0] + t * u_at[1] + d0, width)
+                    drive = delta * x
+                    drive_grad = x * 0.0
+                    exponent_grad = x * 0.0
+                    B_row = b * B_at[0] + t * B_at[1]
+                    C_row = b * C_at[0] + t * C_at[1]
+                    step = (t - start) * block_size
+                    for n in range(n_state):
+                        i = n * LANES
+                        g = load(state_grad, at + i) + y_grad * C[C_row + n]
+                        drive_grad = drive_grad + g * B[B_row + n]
+                        store(B_grad, step + i, load(B_grad, step + i) + g * drive)
+                        g = g * load(decays, step + i)
+                        store(state_grad, at + i, g)
+                        p = g * load(states, step + i)
+                        exponent_grad = exponent_grad + p * load(decay, at + i)
+                        store(decay_grad, at + i, load(decay_grad, at + i) + p * delta)
+                    if has_resets and resets[b * n_time + t]:
+                        _zero(state_grad, at, block_size)
+                    step_grad = (drive_grad * x + exponent_grad * LN_2) * load(slopes, (t - start) * LANES)
+                    token = (b * n_time + t) * n_channels + d0
+                    store_some(du, token, drive_grad * delta + skip * y_grad, width)
+                    store_some(ddt, token, step_grad, width)
+                    store(skip_grad, lane_at, load(skip_grad, lane_at) + y_grad * x)
+                    store(bias_grad, lane_at, load(bias_grad, lane_at) + step_grad)
+
+            for t in range(start, stop):
+                row = ((b * n_ranges + r) * n_time + t) * n_state
+                for n in range(n_state):
+                    i = (t - start) * block_size + n * LANES
+                    dB[row + n] = total(load(B_grad, i))
+                    dC[row + n] = total(load(C_grad, i))
+
+        for d0 in range(range_start, range_stop, LANES):
+            at = (d0 - range_start) * n_state
+            width = min(LANES, n_channels - d0)
+            row = b * n_channels + d0
+            _vectors_to_columns(decay_grad, at, dA, row * n_state, width, n_state)
+            _vectors_to_columns(state_grad, at, dinitial_state, row * n_state, width, n_state)
+            store_some(dD, row, load(skip_grad, d0 - range_start), width)
+            store_some(ddt_bias, row, load(bias_grad, d0 - range_start), width)
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, tuple[int, int]]:
+    """A (B, T, .) tensor as a flat array and its strides over B and T, so that views are read without a copy."""
+    x = x.to(dtype)
+    if x.stride(2) != 1 and x.shape[2] > 1:
+        x = x.contiguous()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, (*x.stride()[:2], 1), strict=True))
+    return x.as_strided((span,), (1,)).numpy(), (x.stride(0), x.stride(1))
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return x.to(dtype).reshape(-1).numpy()
+
+
+def _resets(segment_ids: Tensor | None) -> np.ndarray:
+    """Whether the state is reset before each step, (B * T,)."""
+    if segment_ids is None:
+        return np.empty(0, np.bool_)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]  # (B, T - 1)
+    return torch.nn.functional.pad(changes, (1, 0)).reshape(-1).numpy()
+
+
+def forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    segment_ids: Tensor | None,
+    save_checkpoints: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns `(y, final_state, checkpoints)`; see the contract in `op`.
+
+    Inside a checkpoint, each block of 16 channels holds its states as (N, width) instead of (width, N), width being
+    16 or what is left of D: so the vectors are stored as they are.
+    """
+    n_batch, n_time, n_channels = u.shape
+    n_state = A.shape[1]
+    dtype = state_dtype(u)
+    y = torch.empty((n_batch, n_time, n_channels), dtype=dtype)
+    final_state = torch.empty((n_batch, n_channels, n_state), dtype=dtype)
+    chunks = (n_batch, -(-n_time // CHUNK), n_channels, n_state)
+    checkpoints = torch.empty(chunks if save_checkpoints else (0,), dtype=dtype)
+    none = torch.zeros(n_channels, dtype=dtype)
+    parallel.run(
+        _forward,
+        n_batch * -(-n_channels // (RANGE * LANES)),
+        u.numel() * n_state,
+        (n_time, n_channels, n_state),
+        *_rows(u, dtype),
+        *_rows(dt, dtype),
+        _flat(A, dtype),
+        *_rows(B, dtype),
+        *_rows(C, dtype),
+        _flat(none if D is None else D, dtype),
+        *_rows(u if z is None else z, dtype),
+        _flat(none if dt_bias is None else dt_bias, dtype),
+        _flat(none if initial_state is None else initial_state, dtype),
+        _resets(segment_ids),
+        (z is not None, dt_softplus, initial_state is not None, segment_ids is not None, save_checkpoints),
+        y.view(-1).numpy(),
+        final_state.view(-1).numpy(),
+        checkpoints.view(-1).numpy(),
+    )
+    return y.to(u.dtype), final_state, checkpoints
+
+
+def backward(
+    dy: Tensor,
+    dfinal_state: Tensor | None,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    segment_ids: Tensor | None,
+    checkpoints: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; see the contract in `op`."""
+    n_batch, n_time, n_channels = u.shape
+    n_state = A.shape[1]
+    n_ranges = -(-n_channels // (RANGE * LANES))
+    dtype = state_dtype(u)
+    du, ddt, dz = (torch.empty((n_batch, n_time, n_channels), dtype=dtype) for _ in range(3))
+    dA, dinitial_state = (torch.empty((n_batch, n_channels, n_state), dtype=dtype) for _ in range(2))
+    dB, dC = (torch.empty((n_batch, n_ranges, n_time, n_state), dtype=dtype) for _ in range(2))
+    dD, ddt_bias = (torch.empty((n_batch, n_channels), dtype=dtype) for _ in range(2))
+    none = torch.zeros(n_channels, dtype=dtype)
+    parallel.run(
+        _backward,
+        n_batch * n_ranges,
+        u.numel() * n_state,
+        (n_time, n_channels, n_state),
+        _flat(dy, dtype),
+        _flat(none if dfinal_state is None else dfinal_state, dtype),
+        *_rows(u, dtype),
+        *_rows(dt, dtype),
+        _flat(A, dtype),
+        *_rows(B, dtype),
+        *_rows(C, dtype),
+        _flat(none if D is None else D, dtype),
+        *_rows(u if z is None else z, dtype),
+        _flat(none if dt_bias is None else dt_bias, dtype),
+        _resets(segment_ids),
+        (z is not None, dt_softplus, dfinal_state is not None, segment_ids is not None),
+        checkpoints.view(-1).numpy(),
+        *(x.view(-1).numpy() for x in (du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state)),
+    )
+    return (
+        du,
+        ddt,
+        dA.sum(0),
+        dB.sum(1),
+        dC.sum(1),
+        None if D is None else dD.sum(0),
+        None if z is None else dz,
+        None if dt_bias is None else ddt_bias.sum(0),
+        dinitial_state,
+    )

@@ -1,0 +1,337 @@
+"""Vectors of 16 numbers for numba kernels, so that vector code is written down instead of hoped for.
+
+LLVM's loop vectoriser gives up where it cannot prove that two arrays do not overlap, and that changes with every edit
+of a kernel. A `Vector` is one value of LLVM's vector type: arithmetic on it is one instruction on a machine with
+512-bit registers, two or four on a narrower one. Numba only; nothing here runs in the plain interpreter.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+from numpy.polynomial import Chebyshev, Polynomial
+
+LANES = 16
+LOG2_E = 1 / math.log(2)
+
+# Products may fuse with sums, but nothing is reordered and NaN and infinity keep their meaning.
+FLAGS = ("contract",)
+jit = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FLAGS))
+
+
+class Vector(types.Type):
+    """`LANES` floats of one dtype."""
+
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype} x {LANES})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        element = manager.lookup(vector.dtype).get_value_type()
+        super().__init__(manager, vector, ir.VectorType(element, LANES))
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
+    vector = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    return builder.shuffle_vector(first, first, zeros)
+
+
+def _operands(context: Any, builder: ir.IRBuilder, vector: Vector, kinds: Any, values: Any) -> list[ir.Value]:
+    """Turns scalars among the operands into vectors of the same dtype."""
+    return [
+        value if kind == vector else _splat(builder, context.cast(builder, value, kind, vector.dtype))
+        for kind, value in zip(kinds, values, strict=True)
+    ]
+
+
+def _elementwise(emit: Callable[..., ir.Value]) -> Callable[..., Any]:
+    """Makes an intrinsic of two operands, at least one of them a vector, out of `emit(builder, a, b)`."""
+
+    @intrinsic
+    def apply(typing: Any, a: Any, b: Any) -> Any:
+        vector = a if isinstance(a, Vector) else b
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+            return emit(builder, *_operands(context, builder, vector, signature.args, values))
+
+        return vector(a, b), codegen
+
+    return apply
+
+
+def _overload_operator(symbol: Callable[..., Any], emit: Callable[..., ir.Value]) -> None:
+    apply = _elementwise(emit)
+
+    @overload(symbol)
+    def _(a, b):  # type: ignore[no-untyped-def]  # numba compares the signature with the lambda's, annotations included
+        if isinstance(a, Vector) or isinstance(b, Vector):
+            return lambda a, b: apply(a, b)
+        return None
+
+
+_overload_operator(operator.add, lambda builder, a, b: builder.fadd(a, b, flags=FLAGS))
+_overload_operator(operator.sub, lambda builder, a, b: builder.fsub(a, b, flags=FLAGS))
+_overload_operator(operator.mul, lambda builder, a, b: builder.fmul(a, b, flags=FLAGS))
+_overload_operator(operator.truediv, lambda builder, a, b: builder.fdiv(a, b, flags=FLAGS))
+
+# A comparison with NaN is false, so NaN in the first operand passes through both.
+at_least = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), b, a))
+at_most = _elementwise(lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), b, a))
+
+
+@intrinsic
+def where_negative(typing: Any, condition: Any, yes: Any, no: Any) -> Any:
+    """Selects, lane by lane, `yes` where `condition` is below zero and `no` elsewhere."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        zero = ir.Constant(values[0].type, [0.0] * LANES)
+        return builder.select(builder.fcmp_ordered("<", values[0], zero), values[1], values[2])
+
+    return condition(condition, yes, no), codegen
+
+
+@intrinsic
+def splat(typing: Any, scalar: Any) -> Any:
+    """A vector with `scalar` in every lane."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return _splat(builder, values[0])
+
+    return Vector(scalar)(scalar), codegen
+
+
+def _address(context: Any, builder: ir.IRBuilder, signature: Any, values: Any, vector: Vector) -> ir.Value:
+    array = context.make_array(signature.args[0])(context, builder, values[0])
+    pointer = builder.gep(array.data, [values[1]])
+    return builder.bitcast(pointer, context.get_value_type(vector).as_pointer())
+
+
+@intrinsic
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """Reads `array[index : index + LANES]` of a contiguous one-dimensional array; bounds are the caller's business."""
+    vector = Vector(array.dtype)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        address = _address(context, builder, signature, values, vector)
+        return builder.load(address, align=array.dtype.bitwidth // 8)
+
+    return vector(array, types.intp), codegen
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Writes `array[index : index + LANES] = value`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        address = _address(context, builder, signature, values, value)
+        builder.store(values[2], address, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp, value), codegen
+
+
+@intrinsic
+def get(typing: Any, vector: Any, lane: Any) -> Any:
+    """Reads one lane."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return builder.extract_element(values[0], values[1])
+
+    return vector.dtype(vector, types.intp), codegen
+
+
+@intrinsic
+def put(typing: Any, vector: Any, lane: Any, scalar: Any) -> Any:
+    """A copy of `vector` with one lane replaced."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return builder.insert_element(values[0], values[2], values[1])
+
+    return vector(vector, types.intp, vector.dtype), codegen
+
+
+@jit
+def load_some(array, index, width):  # type: ignore[no-untyped-def]
+    """As `load`, but only the first `width` lanes; the others are zero."""
+    if width == LANES:
+        return load(array, index)
+    vector = load(np.zeros(LANES, array.dtype), 0)
+    for lane in range(width):
+        vector = put(vector, lane, array[index + lane])
+    return vector
+
+
+@jit
+def store_some(array, index, vector, width):  # type: ignore[no-untyped-def]
+    """As `store`, but only the first `width` lanes."""
+    if width == LANES:
+        store(array, index, vector)
+    else:
+        for lane in range(width):
+            array[index + lane] = get(vector, lane)
+
+
+@intrinsic
+def total(typing: Any, vector: Any) -> Any:
+    """Sum over the lanes, as a tree of fixed shape: the same on every machine."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        (value,) = values
+        width = LANES
+        while width > 1:
+            width //= 2
+            index = ir.VectorType(ir.IntType(32), width)
+            low = builder.shuffle_vector(value, value, ir.Constant(index, list(range(width))))
+            high = builder.shuffle_vector(value, value, ir.Constant(index, list(range(width, 2 * width))))
+            value = builder.fadd(low, high)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return vector.dtype(vector), codegen
+
+
+@intrinsic
+def absolute(typing: Any, vector: Any) -> Any:
+    """|x|."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(values[0].type, [values[0].type]),
+            f"llvm.fabs.v{LANES}f{vector.dtype.bitwidth}",
+        )
+        return builder.call(function, values)
+
+    return vector(vector), codegen
+
+
+def _coefficients(function: Callable[[Any], Any], degree: int, low: float, high: float) -> list[float]:
+    """Coefficients of the near-best polynomial of that degree on [low, high], the constant first."""
+    return Chebyshev.interpolate(function, degree, domain=[low, high]).convert(kind=Polynomial).coef.tolist()
+
+
+def _horner(builder: ir.IRBuilder, coefficients: list[float], x: ir.Value) -> ir.Value:
+    value = _constant(x.type, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = builder.fadd(builder.fmul(value, x, flags=FLAGS), _constant(x.type, coefficient), flags=FLAGS)
+    return value
+
+
+def _constant(vector: ir.VectorType, number: float) -> ir.Constant:
+    return ir.Constant(vector, [number] * LANES)
+
+
+@dataclass(frozen=True)
+class _Float:
+    """What exp and exp2 need to know about a dtype."""
+
+    bits: int
+    mantissa: int
+    degree: int
+    ln2_high: float  # so few bits that a whole number times it is exact
+    ln2_low: float
+
+    @property
+    def bias(self) -> int:
+        return 2 ** (self.bits - self.mantissa - 2) - 1
+
+    @property
+    def shift(self) -> float:
+        """Adding it rounds x to a whole number n and leaves n + bias - 1 in the lowest bits of the pattern."""
+        return 1.5 * 2**self.mantissa + self.bias - 1
+
+
+_FLOATS = {
+    types.float32: _Float(32, 23, 6, 0.693138122558594, 9.05800061445916e-06),
+    types.float64: _Float(64, 52, 12, 0.6931471803691238, 1.9082149292705877e-10),
+}
+
+
+def _exponential(base: float) -> Callable[..., Any]:
+    """Makes an intrinsic that computes base**x for base 2 or e."""
+    ln_base = math.log(base)
+    reach = 0.5 * math.log(2) / ln_base
+
+    @intrinsic
+    def exponential(typing: Any, vector: Any) -> Any:
+        float_ = _FLOATS[vector.dtype]
+        # Twice the power: the other half is in the scale, whose exponent then stays in range up to the overflow.
+        twice = _coefficients(lambda r: 2.0 * np.exp(ln_base * r), float_.degree, -reach, reach)
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+            (x,) = values
+            kind = x.type
+            integer = ir.VectorType(ir.IntType(float_.bits), LANES)
+            low = _constant(kind, (1 - float_.bias) * 2 * reach)
+            high = _constant(kind, (float_.bias + 1.5) * 2 * reach)
+            shift = _constant(kind, float_.shift)
+            x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+            x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
+            if base == 2:
+                shifted = builder.fadd(x, shift)
+                remainder = builder.fsub(x, builder.fsub(shifted, shift))
+            else:
+                scaled = builder.fmul(x, _constant(kind, LOG2_E), flags=FLAGS)
+                shifted = builder.fadd(scaled, shift, flags=FLAGS)
+                whole = builder.fsub(shifted, shift)
+                remainder = x
+                for part in (float_.ln2_high, float_.ln2_low):
+                    remainder = builder.fsub(
+                        remainder, builder.fmul(whole, _constant(kind, part), flags=FLAGS), flags=FLAGS
+                    )
+            exponent = builder.shl(builder.bitcast(shifted, integer), ir.Constant(integer, [float_.mantissa] * LANES))
+            return builder.fmul(_horner(builder, twice, remainder), builder.bitcast(exponent, kind))
+
+        return vector(vector), codegen
+
+    exponential.__doc__ = """base**x. Results below the smallest normal number are 0; NaN and infinity propagate."""
+    return exponential
+
+
+exp2 = _exponential(2.0)
+exp = _exponential(math.e)
+
+
+def _atanh_series(q: Any) -> Any:
+    """2 atanh(s) / s at q = s * s, for q <= 1/9."""
+    return sum(2 / (2 * k + 1) * q**k for k in range(20))
+
+
+_ATANH = {bits: _coefficients(_atanh_series, degree, 0.0, 1 / 9) for bits, degree in ((32, 4), (64, 11))}
+
+
+@intrinsic
+def _atanh_ratio(typing: Any, vector: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return _horner(builder, _ATANH[vector.dtype.bitwidth], values[0])
+
+    return vector(vector), codegen
+
+
+@jit
+def softplus_and_slope(x):  # type: ignore[no-untyped-def]
+    """log(1 + exp(x)) and its derivative, the logistic function; both to full relative accuracy on either side."""
+    e = exp(0.0 - absolute(x))
+    s = e / (e + 2.0)
+    value = at_least(x, 0.0) + s * _atanh_ratio(s * s)  # log(1 + e) = 2 atanh(e / (2 + e))
+    reciprocal = 1.0 / (e + 1.0)
+    return value, where_negative(x, e * reciprocal, reciprocal)
+
+
+@jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (exp(0.0 - x) + 1.0)
