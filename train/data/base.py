@@ -15,6 +15,7 @@ from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, setting
 from zoo.train.data.codec import Codec
 from zoo.train.data.stream import BatchStream, EvalBatches
+from zoo.train.recipe import Recipe
 
 if TYPE_CHECKING:
     import datasets
@@ -64,6 +65,7 @@ class Source(ABC, Generic[ConfigT]):
         levels: accuracies that show no skill, to be printed beside a score ("chance", "plateau").
         unit: "byte" or "token" where a target is a piece of text (bits per byte make sense), else None.
         codec: turns text into tokens and back; None where tokens are no text.
+        recipe: how to train where the settings leave it open.
     """
 
     name: ClassVar[str]
@@ -76,6 +78,7 @@ class Source(ABC, Generic[ConfigT]):
     levels: dict[str, float]
     unit: str | None = None
     codec: Codec | None = None
+    recipe: Recipe = Recipe()
 
     @abstractmethod
     def load(self, split: str) -> list[datasets.Dataset]:

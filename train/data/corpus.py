@@ -93,11 +93,12 @@ class FileCorpus(Corpus):
 def files_corpus(name: str, root: Path, files: list[Path], shares: Shares) -> FileCorpus:
     """A corpus of the files below `root` that are not empty, in the order of their relative paths.
 
+    Of files with the same content only the first counts, or a training text could be a test text too.
+
     Raises:
         DataError: there is no file, none with content, or one cannot be read.
     """
-    total = hashlib.sha256()
-    relative = []
+    contents: dict[bytes, str] = {}
     for file in sorted(file.relative_to(root).as_posix() for file in files):
         try:
             content = Path(root, file).read_bytes()
@@ -106,13 +107,12 @@ def files_corpus(name: str, root: Path, files: list[Path], shares: Shares) -> Fi
                 f"{name}: cannot read {Path(root, file)} ({error.strerror}): mend it or leave it out"
             ) from None
         if content:
-            relative.append(file)
-            total.update(f"{file}\0{len(content)}\0".encode())
-            total.update(content)
-    if not relative:
+            contents.setdefault(hashlib.sha256(content).digest(), file)
+    if not contents:
         found = f"{len(files)} files, all empty" if len(files) > 1 else "an empty file" if files else "no files"
         raise DataError(f"{name}: {found}; expected text in at least one file")
-    return FileCorpus(name, str(root), tuple(relative), total.hexdigest(), shares)
+    digest = hashlib.sha256(repr([(file, content.hex()) for content, file in contents.items()]).encode()).hexdigest()
+    return FileCorpus(name, str(root), tuple(contents.values()), digest, shares)
 
 
 def path_corpus(path: str, shares: Shares) -> FileCorpus:
