@@ -26,6 +26,7 @@ LOG2_E = 1 / math.log(2)
 # Products may fuse with sums, but nothing is reordered and NaN and infinity keep their meaning.
 FLAGS = ("contract",)
 jit = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FLAGS))
+inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FLAGS), forceinline=True)
 
 
 class Vector(types.Type):
@@ -145,6 +146,17 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def broadcast(typing: Any, array: Any, index: Any) -> Any:
+    """A vector with `array[index]` in every lane; no negative index, and so no time spent on one."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        data = context.make_array(signature.args[0])(context, builder, values[0]).data
+        return _splat(builder, builder.load(builder.gep(data, [values[1]])))
+
+    return Vector(array.dtype)(array, types.intp), codegen
+
+
+@intrinsic
 def get(typing: Any, vector: Any, lane: Any) -> Any:
     """Reads one lane."""
 
@@ -164,25 +176,43 @@ def put(typing: Any, vector: Any, lane: Any, scalar: Any) -> Any:
     return vector(vector, types.intp, vector.dtype), codegen
 
 
+@intrinsic
+def _zeros(typing: Any, array: Any) -> Any:
+    vector = Vector(array.dtype)
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        return _constant(context.get_value_type(vector), 0.0)
+
+    return vector(array), codegen
+
+
 @jit
-def load_some(array, index, width):  # type: ignore[no-untyped-def]
-    """As `load`, but only the first `width` lanes; the others are zero."""
-    if width == LANES:
-        return load(array, index)
-    vector = load(np.zeros(LANES, array.dtype), 0)
+def _load_tail(array, index, width):  # type: ignore[no-untyped-def]
+    vector = _zeros(array)
     for lane in range(width):
         vector = put(vector, lane, array[index + lane])
     return vector
 
 
 @jit
+def _store_tail(array, index, vector, width):  # type: ignore[no-untyped-def]
+    for lane in range(width):
+        array[index + lane] = get(vector, lane)
+
+
+@inlined
+def load_some(array, index, width):  # type: ignore[no-untyped-def]
+    """As `load`, but only the first `width` lanes; the others are zero."""
+    return load(array, index) if width == LANES else _load_tail(array, index, width)
+
+
+@inlined
 def store_some(array, index, vector, width):  # type: ignore[no-untyped-def]
     """As `store`, but only the first `width` lanes."""
     if width == LANES:
         store(array, index, vector)
     else:
-        for lane in range(width):
-            array[index + lane] = get(vector, lane)
+        _store_tail(array, index, vector, width)
 
 
 @intrinsic
@@ -321,7 +351,7 @@ def _atanh_ratio(typing: Any, vector: Any) -> Any:
     return vector(vector), codegen
 
 
-@jit
+@inlined
 def softplus_and_slope(x):  # type: ignore[no-untyped-def]
     """log(1 + exp(x)) and its derivative, the logistic function; both to full relative accuracy on either side."""
     e = exp(0.0 - absolute(x))
@@ -331,7 +361,7 @@ def softplus_and_slope(x):  # type: ignore[no-untyped-def]
     return value, where_negative(x, e * reciprocal, reciprocal)
 
 
-@jit
+@inlined
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + exp(-x))."""
     return 1.0 / (exp(0.0 - x) + 1.0)

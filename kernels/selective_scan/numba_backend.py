@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import parallel
+from zoo.kernels.arrays import flat, resets, rows
 from zoo.kernels.selective_scan.op import CHUNK, state_dtype
 from zoo.kernels.simd import (
     LANES,
     LOG2_E,
+    broadcast,
     exp2,
+    inlined,
     jit,
     load,
     load_some,
@@ -58,7 +61,7 @@ def _zero(vectors, at, count):  # type: ignore[no-untyped-def]
         vectors[i] = 0.0
 
 
-@jit
+@inlined
 def _step_size(dt, at, bias, softplus, width):  # type: ignore[no-untyped-def]
     """The step size and its derivative with respect to dt."""
     x = load_some(dt, at, width) + bias
@@ -135,9 +138,9 @@ def _forward(  # type: ignore[no-untyped-def]
                     C_row = b * C_at[0] + t * C_at[1]
                     for n in range(n_state):
                         i = at + n * LANES
-                        h = exp2(delta * load(decay, i)) * load(state, i) + drive * B[B_row + n]
+                        h = exp2(delta * load(decay, i)) * load(state, i) + drive * broadcast(B, B_row + n)
                         store(state, i, h)
-                        out = out + h * C[C_row + n]
+                        out = out + h * broadcast(C, C_row + n)
                     if has_z:
                         gate = load_some(z, b * z_at[0] + t * z_at[1] + d0, width)
                         out = out * (gate * sigmoid(gate))
@@ -256,12 +259,12 @@ def _backward(  # type: ignore[no-untyped-def]
                         i = n * LANES
                         a = exp2(delta * load(decay, at + i))
                         before = load(state, i)
-                        h = a * before + drive * B[B_row + n]
+                        h = a * before + drive * broadcast(B, B_row + n)
                         store(states, step + i, before)
                         store(decays, step + i, a)
                         store(state, i, h)
                         store(C_grad, step + i, load(C_grad, step + i) + y_grad * h)
-                        out = out + h * C[C_row + n]
+                        out = out + h * broadcast(C, C_row + n)
                     if has_z:
                         store_some(dz, token, out_grad * out * (s * (1.0 + gate * (1.0 - s))), width)
                     store(deltas, (t - start) * LANES, delta)
@@ -280,8 +283,8 @@ def _backward(  # type: ignore[no-untyped-def]
                     step = (t - start) * block_size
                     for n in range(n_state):
                         i = n * LANES
-                        g = load(state_grad, at + i) + y_grad * C[C_row + n]
-                        drive_grad = drive_grad + g * B[B_row + n]
+                        g = load(state_grad, at + i) + y_grad * broadcast(C, C_row + n)
+                        drive_grad = drive_grad + g * broadcast(B, B_row + n)
                         store(B_grad, step + i, load(B_grad, step + i) + g * drive)
                         g = g * load(decays, step + i)
                         store(state_grad, at + i, g)
@@ -314,27 +317,6 @@ def _backward(  # type: ignore[no-untyped-def]
             store_some(ddt_bias, row, load(bias_grad, d0 - range_start), width)
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, tuple[int, int]]:
-    """A (B, T, .) tensor as a flat array and its strides over B and T, so that views are read without a copy."""
-    x = x.to(dtype)
-    if x.stride(2) != 1 and x.shape[2] > 1:
-        x = x.contiguous()
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, (*x.stride()[:2], 1), strict=True))
-    return x.as_strided((span,), (1,)).numpy(), (x.stride(0), x.stride(1))
-
-
-def _flat(x: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return x.to(dtype).reshape(-1).numpy()
-
-
-def _resets(segment_ids: Tensor | None) -> np.ndarray:
-    """Whether the state is reset before each step, (B * T,)."""
-    if segment_ids is None:
-        return np.empty(0, np.bool_)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]  # (B, T - 1)
-    return torch.nn.functional.pad(changes, (1, 0)).reshape(-1).numpy()
-
-
 def forward(
     u: Tensor,
     dt: Tensor,
@@ -361,28 +343,27 @@ def forward(
     final_state = torch.empty((n_batch, n_channels, n_state), dtype=dtype)
     chunks = (n_batch, -(-n_time // CHUNK), n_channels, n_state)
     checkpoints = torch.empty(chunks if save_checkpoints else (0,), dtype=dtype)
-    none = torch.zeros(n_channels, dtype=dtype)
     parallel.run(
         _forward,
         n_batch * -(-n_channels // (RANGE * LANES)),
         u.numel() * n_state,
         (n_time, n_channels, n_state),
-        *_rows(u, dtype),
-        *_rows(dt, dtype),
-        _flat(A, dtype),
-        *_rows(B, dtype),
-        *_rows(C, dtype),
-        _flat(none if D is None else D, dtype),
-        *_rows(u if z is None else z, dtype),
-        _flat(none if dt_bias is None else dt_bias, dtype),
-        _flat(none if initial_state is None else initial_state, dtype),
-        _resets(segment_ids),
+        *rows(u, dtype),
+        *rows(dt, dtype),
+        flat(A, dtype),
+        *rows(B, dtype),
+        *rows(C, dtype),
+        flat(D, dtype, n_channels),
+        *rows(u if z is None else z, dtype),
+        flat(dt_bias, dtype, n_channels),
+        flat(initial_state, dtype),
+        resets(segment_ids),
         (z is not None, dt_softplus, initial_state is not None, segment_ids is not None, save_checkpoints),
         y.view(-1).numpy(),
         final_state.view(-1).numpy(),
         checkpoints.view(-1).numpy(),
     )
-    return y.to(u.dtype), final_state, checkpoints
+    return y if y.dtype == u.dtype else y.to(u.dtype), final_state, checkpoints
 
 
 def backward(
@@ -409,23 +390,22 @@ def backward(
     dA, dinitial_state = (torch.empty((n_batch, n_channels, n_state), dtype=dtype) for _ in range(2))
     dB, dC = (torch.empty((n_batch, n_ranges, n_time, n_state), dtype=dtype) for _ in range(2))
     dD, ddt_bias = (torch.empty((n_batch, n_channels), dtype=dtype) for _ in range(2))
-    none = torch.zeros(n_channels, dtype=dtype)
     parallel.run(
         _backward,
         n_batch * n_ranges,
         u.numel() * n_state,
         (n_time, n_channels, n_state),
-        _flat(dy, dtype),
-        _flat(none if dfinal_state is None else dfinal_state, dtype),
-        *_rows(u, dtype),
-        *_rows(dt, dtype),
-        _flat(A, dtype),
-        *_rows(B, dtype),
-        *_rows(C, dtype),
-        _flat(none if D is None else D, dtype),
-        *_rows(u if z is None else z, dtype),
-        _flat(none if dt_bias is None else dt_bias, dtype),
-        _resets(segment_ids),
+        flat(dy, dtype),
+        flat(dfinal_state, dtype),
+        *rows(u, dtype),
+        *rows(dt, dtype),
+        flat(A, dtype),
+        *rows(B, dtype),
+        *rows(C, dtype),
+        flat(D, dtype, n_channels),
+        *rows(u if z is None else z, dtype),
+        flat(dt_bias, dtype, n_channels),
+        resets(segment_ids),
         (z is not None, dt_softplus, dfinal_state is not None, segment_ids is not None),
         checkpoints.view(-1).numpy(),
         *(x.view(-1).numpy() for x in (du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state)),

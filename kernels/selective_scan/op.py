@@ -13,8 +13,8 @@ An absent optional is None, in and out; dfinal_state may be None too. Tensors ar
 strides (z, B and C are often views into a projection); dy is contiguous. y has u's dtype and is contiguous,
 final_state and checkpoints have the state's dtype (`state_dtype`), gradients may have any floating dtype: they are
 cast to their input's dtype here. dinitial_state is always returned; backward drops it where there was no initial_state.
-checkpoints (B, K, D, N) holds what the backend's own backward needs to restart each chunk, that is the state at the
-START of the chunk (before a reset that falls on its first step); the order inside one (D, N) slab is the backend's business.
+checkpoints (B, K, D, N) holds what the backend's own backward needs to restart each chunk: the state at the START of
+the chunk, before a reset that falls on its first step. The order inside one (D, N) slab is the backend's business.
 It is an empty tensor of shape (0,) where save_checkpoints is False.
 """
 
