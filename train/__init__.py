@@ -1,0 +1,1 @@
+"""Training: one LightningModule, one configuration, one run folder for every architecture."""

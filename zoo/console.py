@@ -28,18 +28,23 @@ def run_cli(main: Callable[[], int | None], translate: Callable[[Exception], Zoo
     """
     try:
         return main() or 0
-    except KeyboardInterrupt:
-        _say("interrupted")
+    except KeyboardInterrupt as interrupt:
+        _say(str(interrupt) or "interrupted")
         return INTERRUPTED
     except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE) == "1":
-            raise
-        known = error if isinstance(error, ZooError) else translate(error) if translate else None
-        if known is not None:
-            _say(f"error: {known}")
-            return getattr(known, "exit_status", USER_ERROR)
+        return report(error, translate)
+
+
+def report(error: Exception, translate: Callable[[Exception], ZooError | None] | None = None) -> int:
+    """Prints the one line about an error and returns its exit status; arguments and ZOO_DEBUG as in `run_cli`."""
+    if os.environ.get(DEBUG_VARIABLE) == "1":
+        raise error
+    known = error if isinstance(error, ZooError) else translate(error) if translate else None
+    if known is None:
         _say(f"error: {type(error).__name__}: {error} (not foreseen: {DEBUG_VARIABLE}=1 shows the traceback)")
         return RUN_ERROR
+    _say(f"error: {known}")
+    return getattr(known, "exit_status", USER_ERROR)
 
 
 def _say(message: str) -> None:

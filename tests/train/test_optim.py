@@ -1,0 +1,113 @@
+"""Parameter groups and learning-rate schedules."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.kernels.errors import ConfigError
+from zoo.train.optim import OptimConfig, build_optimizer, learning_rate_factor, parameter_groups
+
+
+def test_named_parameters_do_not_decay_and_all_others_do():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+    groups = parameter_groups(model, {"0.bias", "1.weight", "1.bias"}, 0.1)
+    assert [(g["names"], g["weight_decay"]) for g in groups] == [
+        (["0.weight"], 0.1),
+        (["0.bias", "1.weight", "1.bias"], 0.0),
+    ]
+    assert groups[0]["params"][0] is model[0].weight
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    assert [g["names"] for g in parameter_groups(model, {"bias"}, 0.1)] == [["bias"]]
+
+
+@pytest.mark.parametrize("arch", zoo.list_models())
+def test_every_parameter_is_in_one_group_and_what_must_not_decay_does_not(arch):
+    model = zoo.create_model(arch, vocab_size=11, d_model=16, n_layers=1)
+    optimizer, _ = build_optimizer(model, model.no_weight_decay(), OptimConfig(lr=1e-3), 10, fused=True)
+    decays = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["names"]}
+    assert decays.keys() == dict(model.named_parameters()).keys()
+    exempt = ("bias", "norm", "embedding", "A_log", ".D")
+    for name, decay in decays.items():
+        shape = model.get_parameter(name).shape
+        if any(part in name for part in exempt):
+            assert decay == 0, name
+        elif len(shape) == 2:
+            assert decay == 0.1, name
+
+
+def test_mamba_names_what_does_not_decay():
+    model = zoo.create_model("mamba", vocab_size=11, d_model=16, n_layers=1)
+    mixer = "blocks.0.mixers.0."
+    assert {mixer + "A_log", mixer + "D", mixer + "dt_proj.bias", "embedding.weight", "norm.weight"} <= (
+        model.no_weight_decay()
+    )
+    assert mixer + "in_proj.weight" not in model.no_weight_decay()
+
+
+def rates(config: OptimConfig, steps: int) -> list[float]:
+    return [learning_rate_factor(step, config, steps) for step in range(steps)]
+
+
+def test_warm_up_is_linear_and_ends_at_the_peak():
+    assert rates(OptimConfig(warmup_steps=4), 100)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
+    assert rates(OptimConfig(warmup_steps=100), 20)[:3] == [0.5, 1.0, 1.0]
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_ends_at_the_floor():
+    config = OptimConfig(schedule="cosine", warmup_steps=0, min_lr_ratio=0.2)
+    assert learning_rate_factor(50, config, 100) == pytest.approx(0.6)
+    assert learning_rate_factor(25, config, 100) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.sqrt(0.5)))
+    assert learning_rate_factor(100, config, 100) == learning_rate_factor(500, config, 100) == pytest.approx(0.2)
+
+
+def test_wsd_is_flat_until_the_decay_and_linear_in_it():
+    config = OptimConfig(schedule="wsd", warmup_steps=10, decay_ratio=0.2, min_lr_ratio=0.0)
+    factors = rates(config, 100)
+    assert set(factors[9:81]) == {1.0}
+    assert factors[90] == pytest.approx(0.5)
+    assert learning_rate_factor(100, config, 100) == 0
+
+
+def test_constant_stays():
+    assert set(rates(OptimConfig(schedule="constant", warmup_steps=0), 50)) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"lr": 0.0}, "lr=0.0 is not valid: expected more than 0"),
+        ({"lr": "fast"}, "lr='fast' is not valid: expected a number or null"),
+        ({"schedule": "cosin"}, "schedule='cosin' is not valid: did you mean 'cosine'"),
+        ({"clip": -1.0}, "clip=-1.0 is not valid: expected more than 0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 is not valid: expected at least 0"),
+        ({"beta1": 1.0}, "beta1=1.0 is not valid: expected at most 0.9999"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio=1.5 is not valid: expected at most 1"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, line):
+    with pytest.raises(ConfigError, match=line.replace("(", r"\(")):
+        OptimConfig(**settings)
+
+
+def test_the_optimiser_uses_the_settings():
+    model = nn.Linear(2, 2)
+    config = OptimConfig(lr=0.5, beta1=0.8, beta2=0.9, eps=1e-6, warmup_steps=0)
+    optimizer, scheduler = build_optimizer(model, set(), config, 10, fused=False)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.9), 1e-6)
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert not torch.equal(before, model.weight)
+    assert group["lr"] == pytest.approx(0.5 * learning_rate_factor(1, config, 10))

@@ -1,0 +1,188 @@
+"""What a run is: its settings, and the Hydra structured configs made from the registries' own dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from hydra import compose, initialize
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from zoo.kernels.errors import ConfigError
+from zoo.registry import architecture, list_models
+from zoo.settings import Settings, setting
+from zoo.train.data import DataConfig, get_data, list_data
+from zoo.train.optim import OptimConfig
+
+S = TypeVar("S", bound=Settings)
+CONFIG_NAME = "train"
+DEFAULT_ARCH, DEFAULT_DATA = "mamba", "mqar"
+PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig(Settings):
+    """How long and on what to train."""
+
+    accelerator: str = setting("auto", "auto: a GPU if there is one, else the CPU", choices=("auto", "cpu", "gpu"))
+    precision: str = setting("fp32", "number format; mixed ones keep the weights in fp32", choices=PRECISIONS)
+    max_steps: int | None = setting(None, "optimiser steps; null: what the dataset recommends", minimum=1)
+    max_minutes: float | None = setting(None, "stop after this many minutes of run time; null: never", above=0)
+    stop_at: float | None = setting(None, "stop at this validation accuracy; null: never", above=0, maximum=1)
+    accumulate: int = setting(1, "batches per optimiser step", minimum=1)
+    val_every: int | None = setting(
+        None, "steps between validations, each with a checkpoint; null: ten in all", minimum=1
+    )
+    eval_batches: int | None = setting(None, "batches of each validation and test; null: all", minimum=1)
+    log_every: int = setting(10, "steps between rows of training metrics", minimum=1)
+    keep_checkpoints: int = setting(2, "newest checkpoints to keep beside the best", minimum=1)
+    compile: bool = setting(False, "torch.compile the model")
+
+
+TRAINERS = {
+    "auto": (TrainerConfig(), "a GPU if there is one, else the CPU"),
+    "cpu": (TrainerConfig(accelerator="cpu"), "the CPU"),
+    "gpu": (TrainerConfig(accelerator="gpu", precision="bf16-mixed"), "a GPU, in bf16-mixed; an error without one"),
+    "debug": (
+        TrainerConfig(max_steps=4, val_every=2, eval_batches=1, log_every=1),
+        "four steps and tiny validations: every part runs, in seconds",
+    ),
+}
+OPTIMISERS = {"adamw": (OptimConfig(), "AdamW with warm-up and a schedule")}
+
+
+@dataclass(kw_only=True)
+class RunConfig(Settings):
+    """Where a run goes."""
+
+    seed: int = setting(0, "seed of the weights, of dropout and of the order of the data", minimum=0)
+    name: str | None = setting(None, "name of the run's folder; null: made from the settings")
+    runs_dir: str = setting("runs", "folder of the runs")
+    resume: bool = setting(False, "go on with the newest run of this name and these settings, if there is one")
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything that decides a run; `train_config` makes one from words as on the command line."""
+
+    arch: str = DEFAULT_ARCH
+    model: dict[str, Any] = field(default_factory=dict)
+    """Settings of the architecture; `vocab_size` is left out where the data decide it."""
+    data: DataConfig
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def to_dict(self, data_name: str) -> dict[str, Any]:
+        """The settings as a tree of plain values, laid out as on the command line."""
+        return {
+            "arch": {"name": self.arch, **self.model},
+            "data": {"name": data_name, **dataclasses.asdict(self.data)},
+            "trainer": dataclasses.asdict(self.trainer),
+            "optim": dataclasses.asdict(self.optim),
+            "seed": self.seed,
+            "name": self.name,
+            "runs_dir": self.runs_dir,
+            "resume": self.resume,
+        }
+
+
+@dataclass(kw_only=True)
+class _Root(RunConfig):
+    """The command line's tree: groups, then the top level, then what Hydra itself must not do."""
+
+    defaults: list[Any] = field(
+        default_factory=lambda: [
+            {"arch": DEFAULT_ARCH},
+            {"data": DEFAULT_DATA},
+            {"trainer": "auto"},
+            {"optim": "adamw"},
+            {"override hydra/job_logging": "none"},
+            {"override hydra/hydra_logging": "none"},
+            "_self_",
+        ]
+    )
+    arch: Any = MISSING
+    data: Any = MISSING
+    trainer: TrainerConfig = MISSING
+    optim: OptimConfig = MISSING
+    # A run keeps its own folder: Hydra neither makes one nor copies configs and logs.
+    hydra: Any = field(
+        default_factory=lambda: {
+            "output_subdir": None,
+            "run": {"dir": "."},
+            "sweep": {"dir": "${runs_dir}", "subdir": "."},
+        }
+    )
+
+
+def register_configs() -> None:
+    """Puts every registered architecture and dataset, the presets and the root into Hydra's store."""
+    store = ConfigStore.instance()
+    for name in list_models():
+        store.store(group="arch", name=name, node=_named(name, architecture(name).config))
+    for name in list_data():
+        store.store(group="data", name=name, node=_named(name, get_data(name).config))
+    for name, (trainer, _) in TRAINERS.items():
+        store.store(group="trainer", name=name, node=trainer)
+    for name, (optimiser, _) in OPTIMISERS.items():
+        store.store(group="optim", name=name, node=optimiser)
+    store.store(name=CONFIG_NAME, node=_Root)
+
+
+def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings of a run from words as on the command line: `train_config(["arch=mamba", "seed=1"])`.
+
+    Raises:
+        ConfigError: An unknown name or key, or a bad value.
+    """
+    from zoo.train.cli import translate  # which knows these configs
+
+    register_configs()
+    try:
+        with initialize(version_base="1.3", config_path=None):
+            return from_hydra(compose(config_name=CONFIG_NAME, overrides=list(overrides)))
+    except Exception as error:
+        raise translate(error) or error from None
+
+
+def from_hydra(config: DictConfig) -> TrainConfig:
+    """Checks a composed tree and gives it its types.
+
+    Raises:
+        ConfigError: A value is out of its range; the message names the full key.
+    """
+    tree = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    groups = {name: dict(tree.pop(name)) for name in ("arch", "data", "trainer", "optim")}
+    arch, data = groups["arch"].pop("name"), groups["data"].pop("name")
+    run = _build("", RunConfig, tree)
+    model = {key: value for key, value in groups["arch"].items() if value != MISSING}
+    # The data decide the vocabulary later; any size will do to check the other settings now.
+    checked = _build("arch", architecture(arch).config, {"vocab_size": 1, **model})
+    model = {key: value for key, value in dataclasses.asdict(checked).items() if key in model}
+    return TrainConfig(
+        arch=arch,
+        model=model,
+        data=_build("data", get_data(data).config, groups["data"]),
+        trainer=_build("trainer", TrainerConfig, groups["trainer"]),
+        optim=_build("optim", OptimConfig, groups["optim"]),
+        **dataclasses.asdict(run),
+    )
+
+
+def _build(group: str, settings: type[S], values: dict[str, Any]) -> S:
+    """An instance of `settings`; an error message that begins with a field's name gets the group in front."""
+    try:
+        return settings.from_dict(values, group or "a run")
+    except ConfigError as error:
+        starts_with_field = group and str(error).partition("=")[0] in values
+        raise ConfigError(f"{group}.{error}" if starts_with_field else str(error)) from error
+
+
+def _named(name: str, settings: type[Any]) -> type[Any]:
+    """The settings class with one more field, the name that it was chosen by."""
+    return dataclasses.make_dataclass(
+        settings.__name__, [("name", str, field(default=name))], bases=(settings,), kw_only=True
+    )

@@ -1,0 +1,208 @@
+"""The one LightningModule that trains every architecture.
+
+Letters: B batch, L length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import NotRequired
+
+from zoo.model import Model, ModelOutput
+from zoo.train.errors import NonFiniteError
+from zoo.train.metrics import IGNORED, TokenMetrics
+from zoo.train.optim import OptimConfig, build_optimizer, first_nonfinite_gradient
+
+
+class Batch(TypedDict):
+    """What a data module yields; `targets[b, i]` is what the logits at `[b, i]` must predict."""
+
+    inputs: Tensor
+    targets: Tensor
+    segment_ids: NotRequired[Tensor]
+    slices: NotRequired[dict[str, Tensor]]
+
+
+class SequenceModule(L.LightningModule):
+    """Cross-entropy on the labelled positions plus the model's auxiliary losses.
+
+    Args:
+        model: Any model of the zoo; it knows nothing of Lightning.
+        optim: Optimiser settings, with `lr` decided.
+        max_steps: Optimiser steps of the whole run, which the schedule spans.
+        seed: Every training step draws its random numbers (dropout) from this seed and its own number alone, so that
+            neither validation nor a restart changes them.
+        slice_values: Slices of the data and every value each can take.
+        bytes_per_label: For "val" and "test" the bytes of text that one label stands for; empty where the data are no
+            text.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optim: OptimConfig,
+        *,
+        max_steps: int,
+        seed: int,
+        slice_values: Mapping[str, Sequence[int]] | None = None,
+        bytes_per_label: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.max_steps = max_steps
+        self.seed = seed
+        sizes = bytes_per_label or {}
+        self.scores = nn.ModuleDict({split: TokenMetrics(slice_values, sizes.get(split)) for split in ("val", "test")})
+        self.results: dict[str, dict[str, float]] = {}
+        """Metrics by split: "train" of the last optimiser step, "val" and "test" of the last pass."""
+        self._pending: list[tuple[Batch, int, dict[str, Tensor]]] = []  # micro-batches since the last optimiser step
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        """The model's output for a batch."""
+        return cast(ModelOutput, self.model(batch["inputs"], segment_ids=batch.get("segment_ids")))
+
+    def losses(self, batch: Batch, output: ModelOutput) -> dict[str, Tensor]:
+        """The terms of the training loss by name, "cross_entropy" first."""
+        logits = output.logits.flatten(0, 1).float()  # (B*L, V)
+        targets = batch["targets"].flatten()  # (B*L,)
+        # Written out because the mean of no labels at all is NaN; such a batch must teach nothing instead.
+        labels = (targets != IGNORED).sum().clamp(min=1)
+        cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / labels
+        return {"cross_entropy": cross_entropy, **output.losses}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds the step."""
+        self._seed_step(batch_idx)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch."""
+        losses = self.losses(batch, self(batch))
+        self._pending.append((batch, batch_idx, {name: loss.detach() for name, loss in losses.items()}))
+        return torch.stack(list(losses.values())).sum()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradient, notes losses and norm, and refuses the step if one of them is not finite.
+
+        This is the only point of a step where the host waits for the device.
+
+        Raises:
+            NonFiniteError: The loss of a micro-batch, or the gradient, is not finite. Under fp16 the gradient scaler
+                skips steps with a non-finite gradient, so only the loss counts there.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip or float("inf"))
+        pending, self._pending = self._pending, []
+        names = list(pending[0][2])
+        rows = [torch.stack([losses[name].double() for name in names]) for _, _, losses in pending]
+        numbers = torch.cat([torch.stack(rows), norm.double().expand(len(rows), 1)], dim=1).tolist()
+        for (batch, batch_idx, _), row in zip(pending, numbers, strict=True):
+            if not np.isfinite(row[:-1]).all():
+                culprit = next(name for name, loss in zip(names, row, strict=False) if not np.isfinite(loss))
+                raise NonFiniteError(self.global_step + 1, culprit, self._first_nonfinite_layer(batch, batch_idx))
+        if not np.isfinite(numbers[0][-1]) and not self._gradients_are_scaled:
+            raise NonFiniteError(self.global_step + 1, "gradient", f"parameter {first_nonfinite_gradient(self.model)}")
+        means = np.mean(numbers, axis=0).tolist()
+        self.results["train"] = {"loss": sum(means[:-1]), "grad_norm": means[-1], "lr": optimizer.param_groups[0]["lr"]}
+        if len(names) > 1:
+            self.results["train"] |= dict(zip(names, means, strict=False))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the validation metrics."""
+        self._score("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the test metrics."""
+        self._score("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keeps the validation metrics in `results`."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Keeps the test metrics in `results`."""
+        self._finish("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the metrics, which a resumed run may need before it makes new ones."""
+        checkpoint["results"] = self.results
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the metrics back."""
+        self.results = checkpoint["results"]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over the model's own decay groups, its schedule stepped once per optimiser step."""
+        optimizer, scheduler = build_optimizer(
+            self.model, self.model.no_weight_decay(), self.optim, self.max_steps, fused=not self._gradients_are_scaled
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _gradients_are_scaled(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _score(self, split: str, batch: Batch) -> None:
+        cast(TokenMetrics, self.scores[split]).update(self(batch).logits, batch["targets"], batch.get("slices"))
+
+    def _finish(self, split: str) -> None:
+        metric = cast(TokenMetrics, self.scores[split])
+        self.results[split] = metric.compute()
+        metric.reset()
+
+    def _seed_step(self, batch_idx: int) -> None:
+        state = np.random.SeedSequence((self.seed, batch_idx, self.global_rank)).generate_state(2, np.uint32)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[0]))  # noqa: NPY002  (third-party mixers may use the global generator)
+        torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+    @torch.no_grad()
+    def _first_nonfinite_layer(self, batch: Batch, batch_idx: int) -> str:
+        """Where a non-finite number shows first when the step runs again: a parameter, a layer, or the loss."""
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"parameter {name}"
+        found: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                tensors = [t for t in _tensors(output) if t.is_floating_point()]
+                if not found and not all(bool(torch.isfinite(t).all()) for t in tensors):
+                    found.append(name)
+
+            return hook
+
+        # A module's hook runs after those of its parts, so the first find is the innermost layer.
+        handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
+        try:
+            self._seed_step(batch_idx)
+            # `forward` itself: a compiled model would run past the hooks.
+            with self.trainer.precision_plugin.forward_context():
+                output = self.model.forward(batch["inputs"], segment_ids=batch.get("segment_ids"))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if found:
+            return f"layer {found[0]}"
+        return "the logits" if not torch.isfinite(output.logits).all() else "the loss itself, all layers are finite"
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []

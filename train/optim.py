@@ -1,0 +1,103 @@
+"""The optimiser: which parameters decay, and the learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from zoo.settings import Settings, setting
+
+SCHEDULES = {
+    "cosine": "warm-up, then half a cosine down to min_lr_ratio",
+    "wsd": "warm-up, stable, then linear decay over the last decay_ratio of the steps",
+    "constant": "warm-up, then constant",
+}
+
+
+@dataclass(kw_only=True)
+class OptimConfig(Settings):
+    """AdamW (arXiv 1711.05101) with a warm-up and a schedule, stepped once per optimiser step."""
+
+    lr: float | None = setting(None, "peak learning rate; null: what the dataset recommends", above=0)
+    weight_decay: float = setting(0.1, "decay of matrices; norms, biases, embeddings and marked ones never", minimum=0)
+    beta1: float = setting(0.9, "decay of the running mean of gradients", minimum=0, maximum=0.9999)
+    beta2: float = setting(0.95, "decay of the running mean of squared gradients", minimum=0, maximum=0.9999)
+    eps: float = setting(1e-8, "added to the root of the running mean of squares", above=0)
+    clip: float | None = setting(1.0, "largest norm of the gradient; null: no clipping", above=0)
+    schedule: str = setting("cosine", "; ".join(f"{k}: {v}" for k, v in SCHEDULES.items()), choices=tuple(SCHEDULES))
+    warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of all steps", minimum=0)
+    decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", above=0, maximum=1)
+    min_lr_ratio: float = setting(0.1, "final learning rate over lr", minimum=0, maximum=1)
+
+
+def parameter_groups(model: nn.Module, no_decay: set[str], weight_decay: float) -> list[dict[str, object]]:
+    """Splits the trainable parameters into one group that decays and one that does not.
+
+    Args:
+        model: The model.
+        no_decay: Names of the parameters that must not decay, as `Model.no_weight_decay` gives them.
+        weight_decay: Decay of the first group.
+
+    Returns:
+        Groups for a torch optimiser, the names of their parameters under "names"; empty groups are left out.
+    """
+    groups: list[dict[str, object]] = []
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for decay, wanted in ((weight_decay, False), (0.0, True)):
+        names = [name for name in trainable if (name in no_decay) is wanted]
+        if names:
+            groups.append({"params": [trainable[n] for n in names], "names": names, "weight_decay": decay})
+    return groups
+
+
+def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:
+    """The learning rate of an optimiser step, as a fraction of `config.lr`.
+
+    Args:
+        step: Optimiser steps taken before this one, from 0.
+        config: Schedule and warm-up.
+        max_steps: Length of the whole run; later steps keep the last value.
+    """
+    warmup = min(config.warmup_steps, max_steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    floor = config.min_lr_ratio
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    decay = min(max(1, round(config.decay_ratio * max_steps)), max_steps - warmup)
+    progress = min(1.0, max(0.0, (step - (max_steps - decay)) / max(1, decay)))
+    return 1 - (1 - floor) * progress
+
+
+def build_optimizer(
+    model: nn.Module, no_decay: set[str], config: OptimConfig, max_steps: int, *, fused: bool
+) -> tuple[AdamW, LambdaLR]:
+    """AdamW over the parameter groups and its schedule.
+
+    Args:
+        model: The model.
+        no_decay: Names of the parameters that must not decay.
+        config: Settings, with `lr` decided.
+        max_steps: Length of the whole run.
+        fused: One kernel for all parameters; not with a gradient scaler, which must unscale before clipping.
+    """
+    assert config.lr is not None
+    groups = parameter_groups(model, no_decay, config.weight_decay)
+    optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, config, max_steps))
+
+
+def first_nonfinite_gradient(model: nn.Module) -> str | None:
+    """Name of the first parameter whose gradient holds an infinity or NaN."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            return name
+    return None

@@ -1,0 +1,301 @@
+"""One training run from settings to summary."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from rich.console import Console
+
+from zoo.checkpoint import save_pretrained
+from zoo.kernels.errors import ConfigError
+from zoo.model import create_model
+from zoo.registry import architecture
+from zoo.train.callbacks import Books, Signals, StopRequested, StopRules
+from zoo.train.checkpoint import AtomicCheckpointIO, Checkpoints, load_checkpoint
+from zoo.train.config import OptimConfig, TrainConfig
+from zoo.train.data import DataModule, Source, get_data
+from zoo.train.errors import Interrupted, NonFiniteError, RunError
+from zoo.train.folder import RunFolder, claim, default_name, find
+from zoo.train.logs import MetricsFile, RunLog
+from zoo.train.module import SequenceModule
+from zoo.train.report import print_table, summarise
+
+
+def run(config: TrainConfig, *, console: Console | None = None, command: str | None = None) -> dict[str, Any]:
+    """Trains, tests and saves one model, or goes on with a run that was cut short.
+
+    Args:
+        config: The settings, as `train_config` makes them.
+        console: Where to print; the standard output unless said.
+        command: The command line, for the summary.
+
+    Returns:
+        The summary, which is also in the run's folder.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: The settings do not fit together, the data, or an earlier run.
+        NonFiniteError: The loss became infinite or NaN; the last good checkpoint is kept.
+        RunError: Out of memory.
+        Interrupted: Ctrl-C or SIGTERM; checkpoint and summary are written.
+    """
+    started = time.monotonic()
+    console = console or Console()
+    device = pick_device(config.trainer.accelerator)
+    data = DataModule(config.data, config.seed)
+    fallback = default_name(config.to_dict(data.source.name), _defaults(config, data.source.name))
+    config = decide(config, data.source)
+
+    folder, earlier = _open(config, data.source.name, fallback)
+    if earlier is not None and earlier["status"] == "finished":
+        console.print(f"{folder.path} is finished already; nothing to resume")
+        print_table(console, earlier)
+        return earlier
+
+    with _deterministic(device), _quiet():
+        torch.manual_seed(config.seed)
+        model = create_model(config.arch, **config.model)
+        if config.trainer.compile:
+            model.compile()
+        module = SequenceModule(
+            model,
+            config.optim,
+            max_steps=_decided(config.trainer.max_steps),
+            seed=config.seed,
+            slice_values=data.source.slice_values,
+            bytes_per_label=_bytes_per_label(data.source),
+        )
+        books = Books(data, device, started)
+        checkpoints = Checkpoints(folder.checkpoints, config.trainer.keep_checkpoints)
+        resume_from = folder.newest_checkpoint()
+        trainer = _trainer(config, folder, device, books, checkpoints, console, resume_from)
+        console.print(
+            _headline(config, data.source, model, device, folder, resume_from), highlight=False, soft_wrap=True
+        )
+
+        def write_summary(status: str, error: str | None = None) -> dict[str, Any]:
+            summary = summarise(
+                config,
+                folder,
+                module,
+                data,
+                books,
+                checkpoints,
+                step=trainer.global_step,
+                status=status,
+                command=command,
+                error=error,
+            )
+            folder.write_summary(summary)
+            return summary
+
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+            if checkpoints.best_step != trainer.global_step:
+                module.load_state_dict(load_checkpoint(checkpoints.path(checkpoints.best_step))["state_dict"])
+            trainer.test(module, datamodule=data, verbose=False)
+        # Lightning turns a KeyboardInterrupt into SystemExit.
+        except (StopRequested, KeyboardInterrupt, SystemExit) as error:
+            write_summary("interrupted")
+            raise Interrupted(trainer.global_step, folder.path) from error
+        except Exception as error:
+            mended = _explain(error, trainer.global_step, folder)
+            write_summary("failed", str(mended or error))
+            if mended is None:
+                raise
+            raise mended from error
+        codec = data.source.codec
+        save_pretrained(model, folder.model, tokenizer=codec.to_dict() if codec else None)
+        summary = write_summary("finished")
+    print_table(console, summary)
+    return summary
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """The device that `trainer.accelerator` means here.
+
+    Raises:
+        ConfigError: A GPU is asked for and there is none.
+    """
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
+        raise ConfigError(f"trainer.accelerator=gpu cannot run here ({reason}): trainer=auto uses what there is")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
+    """The settings with everything that was left to the dataset filled in.
+
+    Raises:
+        ConfigError: The vocabulary asked for is too small for the data.
+    """
+    vocab_size = config.model.get("vocab_size", source.vocab_size)
+    if vocab_size < source.vocab_size:
+        raise ConfigError(
+            f"arch.vocab_size={vocab_size} is too small for data={source.name}, which has {source.vocab_size} token "
+            f"ids: raise it or leave it out"
+        )
+    recipe, trainer = source.recipe, config.trainer
+    max_steps = trainer.max_steps or recipe.max_steps
+    val_every = min(trainer.val_every or recipe.val_every or math.ceil(max_steps / 10), max_steps)
+    return dataclasses.replace(
+        config,
+        model={**config.model, "vocab_size": vocab_size},
+        trainer=dataclasses.replace(trainer, max_steps=max_steps, val_every=val_every),
+        optim=dataclasses.replace(config.optim, lr=config.optim.lr or recipe.lr),
+    )
+
+
+def _open(config: TrainConfig, data_name: str, fallback: str) -> tuple[RunFolder, dict[str, Any] | None]:
+    """The run's folder, new or found again, and the summary in it, if any."""
+    tree, runs_dir = config.to_dict(data_name), Path(config.runs_dir)
+    found = find(runs_dir, config.name, fallback, tree) if config.resume else None
+    if found is not None:
+        return found, found.read_summary()
+    folder = claim(runs_dir, config.name, fallback)
+    folder.write_config(tree)
+    return folder, None
+
+
+def _trainer(
+    config: TrainConfig,
+    folder: RunFolder,
+    device: torch.device,
+    books: Books,
+    checkpoints: Checkpoints,
+    console: Console,
+    resume_from: Path | None,
+) -> L.Trainer:
+    settings = config.trainer
+    max_steps, val_every = _decided(settings.max_steps), _decided(settings.val_every)
+    step = int(resume_from.stem.partition("-")[2]) if resume_from else 0
+    return L.Trainer(
+        accelerator="cuda" if device.type == "cuda" else "cpu",
+        devices=1,
+        # Without the environment a SLURM job would be requeued and saved by Lightning's rules, not ours.
+        plugins=[_precision(settings.precision, device), AtomicCheckpointIO(), LightningEnvironment()],
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        val_check_interval=val_every * settings.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=settings.eval_batches or 1.0,
+        limit_test_batches=settings.eval_batches or 1.0,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder.path,
+        logger=[
+            MetricsFile(folder.metrics, step),
+            TensorBoardLogger(
+                folder.path, name="", version="tensorboard", default_hp_metric=False, purge_step=step + 1
+            ),
+        ],
+        callbacks=[
+            books,
+            RunLog(console, books, max_steps, settings.log_every),
+            StopRules(settings, books),
+            checkpoints,
+            Signals(settings, checkpoints),
+        ],
+    )
+
+
+def _precision(name: str, device: torch.device) -> Precision:
+    if name == "fp32":
+        return Precision()
+    # Handed over ready-made, because Lightning turns fp16 on a CPU into bf16 behind the user's back.
+    return MixedPrecision("16-mixed" if name == "fp16-mixed" else "bf16-mixed", device.type)
+
+
+def _bytes_per_label(source: Source[Any]) -> dict[str, float]:
+    sizes = {"val": source.bytes_per_label("validation"), "test": source.bytes_per_label("test")}
+    return {split: size for split, size in sizes.items() if size is not None}
+
+
+def _defaults(config: TrainConfig, data_name: str) -> dict[str, dict[str, Any]]:
+    classes = {"arch": architecture(config.arch).config, "data": get_data(data_name).config, "optim": OptimConfig}
+    return {group: {f.name: f.default for f in dataclasses.fields(cls)} for group, cls in classes.items()}
+
+
+def _headline(
+    config: TrainConfig,
+    source: Source[Any],
+    model: torch.nn.Module,
+    device: torch.device,
+    folder: RunFolder,
+    resume_from: Path | None,
+) -> str:
+    params = sum(p.numel() for p in model.parameters())
+    verb = f"resumed from {resume_from.name}" if resume_from else f"{config.trainer.max_steps:,} steps"
+    return (
+        f"{config.arch} on {source.name}: {params:,} parameters, {config.trainer.precision} on {device.type}, "
+        f"lr {config.optim.lr:g}, {verb} -> {folder.path}"
+    )
+
+
+def _explain(error: Exception, step: int, folder: RunFolder) -> RunError | None:
+    """The error that a person at the command line should see, or None where nothing is known of it."""
+    if isinstance(error, NonFiniteError):
+        kept = folder.newest_checkpoint()
+        return error.with_hint(f"{kept} holds the last good weights" if kept else "no checkpoint was written before")
+    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return RunError(f"out of memory after step {step}: lower data.batch_size and raise trainer.accumulate instead")
+    return None
+
+
+def _decided(value: int | None) -> int:
+    assert value is not None
+    return value
+
+
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """Deterministic algorithms inside, the caller's choice outside again."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    # On a GPU a few backward kernels of torch have no deterministic form; better to run than to refuse.
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    # Every kernel here writes what it allocates, so filling it first would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Lightning's banners and tips off the terminal, and what it warns of that is meant here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have a deterministic implementation", UserWarning)
+        # Lightning's own code, with a torch newer than it.
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
