@@ -26,7 +26,7 @@ LOG2_E = 1 / math.log(2)
 # Products may fuse with sums, but nothing is reordered and NaN and infinity keep their meaning.
 FLAGS = ("contract",)
 jit = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FLAGS))
-inlined = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FLAGS), forceinline=True)
+inlined = njit(nogil=True, error_model="numpy", fastmath=set(FLAGS), forceinline=True)
 
 
 class Vector(types.Type):
@@ -154,65 +154,6 @@ def broadcast(typing: Any, array: Any, index: Any) -> Any:
         return _splat(builder, builder.load(builder.gep(data, [values[1]])))
 
     return Vector(array.dtype)(array, types.intp), codegen
-
-
-@intrinsic
-def get(typing: Any, vector: Any, lane: Any) -> Any:
-    """Reads one lane."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return builder.extract_element(values[0], values[1])
-
-    return vector.dtype(vector, types.intp), codegen
-
-
-@intrinsic
-def put(typing: Any, vector: Any, lane: Any, scalar: Any) -> Any:
-    """A copy of `vector` with one lane replaced."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return builder.insert_element(values[0], values[2], values[1])
-
-    return vector(vector, types.intp, vector.dtype), codegen
-
-
-@intrinsic
-def _zeros(typing: Any, array: Any) -> Any:
-    vector = Vector(array.dtype)
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
-        return _constant(context.get_value_type(vector), 0.0)
-
-    return vector(array), codegen
-
-
-@jit
-def _load_tail(array, index, width):  # type: ignore[no-untyped-def]
-    vector = _zeros(array)
-    for lane in range(width):
-        vector = put(vector, lane, array[index + lane])
-    return vector
-
-
-@jit
-def _store_tail(array, index, vector, width):  # type: ignore[no-untyped-def]
-    for lane in range(width):
-        array[index + lane] = get(vector, lane)
-
-
-@inlined
-def load_some(array, index, width):  # type: ignore[no-untyped-def]
-    """As `load`, but only the first `width` lanes; the others are zero."""
-    return load(array, index) if width == LANES else _load_tail(array, index, width)
-
-
-@inlined
-def store_some(array, index, vector, width):  # type: ignore[no-untyped-def]
-    """As `store`, but only the first `width` lanes."""
-    if width == LANES:
-        store(array, index, vector)
-    else:
-        _store_tail(array, index, vector, width)
 
 
 @intrinsic

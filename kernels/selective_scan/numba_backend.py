@@ -10,10 +10,12 @@ Shape letters: B batch, T time, D channels, N state size, K chunks, R ranges of 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.kernels import parallel
 from zoo.kernels.arrays import flat, resets, rows
@@ -26,11 +28,9 @@ from zoo.kernels.simd import (
     inlined,
     jit,
     load,
-    load_some,
     sigmoid,
     softplus_and_slope,
     store,
-    store_some,
     total,
 )
 
@@ -41,18 +41,18 @@ LN_2 = math.log(2)
 
 
 @jit
-def _columns_to_vectors(matrix, start, vectors, at, width, n_state, factor):  # type: ignore[no-untyped-def]
-    """Packs rows d0..d0+width of a (.., D, N) array into N vectors with one lane per row."""
+def _columns_to_vectors(matrix, row, vectors, at, n_state, factor):  # type: ignore[no-untyped-def]
+    """Turns 16 rows of N numbers into N vectors with one lane per row."""
     for n in range(n_state):
         for i in range(LANES):
-            vectors[at + n * LANES + i] = matrix[start + i * n_state + n] * factor if i < width else 0.0
+            vectors[at + n * LANES + i] = matrix[(row + i) * n_state + n] * factor
 
 
 @jit
-def _vectors_to_columns(vectors, at, matrix, start, width, n_state):  # type: ignore[no-untyped-def]
+def _vectors_to_columns(vectors, at, matrix, row, n_state):  # type: ignore[no-untyped-def]
     for n in range(n_state):
-        for i in range(width):
-            matrix[start + i * n_state + n] = vectors[at + n * LANES + i]
+        for i in range(LANES):
+            matrix[(row + i) * n_state + n] = vectors[at + n * LANES + i]
 
 
 @jit
@@ -62,9 +62,8 @@ def _zero(vectors, at, count):  # type: ignore[no-untyped-def]
 
 
 @inlined
-def _step_size(dt, at, bias, softplus, width):  # type: ignore[no-untyped-def]
-    """The step size and its derivative with respect to dt."""
-    x = load_some(dt, at, width) + bias
+def _step_size(x, softplus):  # type: ignore[no-untyped-def]
+    """The step size and its derivative."""
     if softplus:
         return softplus_and_slope(x)
     return x, x * 0.0 + 1.0
@@ -109,29 +108,27 @@ def _forward(  # type: ignore[no-untyped-def]
         range_stop = min(n_channels, range_start + RANGE * LANES)
         for d0 in range(range_start, range_stop, LANES):
             at = (d0 - range_start) * n_state
-            width = min(LANES, n_channels - d0)
-            _columns_to_vectors(A, d0 * n_state, decay, at, width, n_state, LOG2_E)
+            _columns_to_vectors(A, d0, decay, at, n_state, LOG2_E)
             if has_initial:
-                _columns_to_vectors(initial_state, (b * n_channels + d0) * n_state, state, at, width, n_state, 1.0)
+                _columns_to_vectors(initial_state, b * n_channels + d0, state, at, n_state, 1.0)
             else:
                 _zero(state, at, block_size)
 
         for chunk in range(n_chunks):
             for d0 in range(range_start, range_stop, LANES):
                 at = (d0 - range_start) * n_state
-                width = min(LANES, n_channels - d0)
-                skip = load_some(D, d0, width)
-                bias = load_some(dt_bias, d0, width)
+                skip = load(D, d0)
+                bias = load(dt_bias, d0)
                 if save:
-                    saved = ((b * n_chunks + chunk) * n_channels + d0) * n_state
+                    saved = (b * n_chunks + chunk) * n_state * n_channels + d0
                     for n in range(n_state):
-                        store_some(checkpoints, saved + n * width, load(state, at + n * LANES), width)
+                        store(checkpoints, saved + n * n_channels, load(state, at + n * LANES))
 
                 for t in range(chunk * CHUNK, min(n_time, (chunk + 1) * CHUNK)):
                     if has_resets and resets[b * n_time + t]:
                         _zero(state, at, block_size)
-                    delta, _ = _step_size(dt, b * dt_at[0] + t * dt_at[1] + d0, bias, softplus, width)
-                    x = load_some(u, b * u_at[0] + t * u_at[1] + d0, width)
+                    delta, _ = _step_size(load(dt, b * dt_at[0] + t * dt_at[1] + d0) + bias, softplus)
+                    x = load(u, b * u_at[0] + t * u_at[1] + d0)
                     drive = delta * x
                     out = skip * x
                     B_row = b * B_at[0] + t * B_at[1]
@@ -142,14 +139,13 @@ def _forward(  # type: ignore[no-untyped-def]
                         store(state, i, h)
                         out = out + h * broadcast(C, C_row + n)
                     if has_z:
-                        gate = load_some(z, b * z_at[0] + t * z_at[1] + d0, width)
+                        gate = load(z, b * z_at[0] + t * z_at[1] + d0)
                         out = out * (gate * sigmoid(gate))
-                    store_some(y, (b * n_time + t) * n_channels + d0, out, width)
+                    store(y, (b * n_time + t) * n_channels + d0, out)
 
         for d0 in range(range_start, range_stop, LANES):
             at = (d0 - range_start) * n_state
-            width = min(LANES, n_channels - d0)
-            _vectors_to_columns(state, at, final_state, (b * n_channels + d0) * n_state, width, n_state)
+            _vectors_to_columns(state, at, final_state, b * n_channels + d0, n_state)
 
 
 @jit
@@ -212,11 +208,9 @@ def _backward(  # type: ignore[no-untyped-def]
         range_stop = min(n_channels, range_start + RANGE * LANES)
         for d0 in range(range_start, range_stop, LANES):
             at = (d0 - range_start) * n_state
-            width = min(LANES, n_channels - d0)
-            _columns_to_vectors(A, d0 * n_state, decay, at, width, n_state, LOG2_E)
+            _columns_to_vectors(A, d0, decay, at, n_state, LOG2_E)
             if has_final:
-                row = (b * n_channels + d0) * n_state
-                _columns_to_vectors(dfinal_state, row, state_grad, at, width, n_state, 1.0)
+                _columns_to_vectors(dfinal_state, b * n_channels + d0, state_grad, at, n_state, 1.0)
             else:
                 _zero(state_grad, at, block_size)
         _zero(decay_grad, 0, RANGE * block_size)
@@ -231,23 +225,22 @@ def _backward(  # type: ignore[no-untyped-def]
             for d0 in range(range_start, range_stop, LANES):
                 at = (d0 - range_start) * n_state
                 lane_at = d0 - range_start
-                width = min(LANES, n_channels - d0)
-                skip = load_some(D, d0, width)
-                bias = load_some(dt_bias, d0, width)
-                saved = ((b * n_chunks + chunk) * n_channels + d0) * n_state
+                skip = load(D, d0)
+                bias = load(dt_bias, d0)
+                saved = (b * n_chunks + chunk) * n_state * n_channels + d0
                 for n in range(n_state):
-                    store(state, n * LANES, load_some(checkpoints, saved + n * width, width))
+                    store(state, n * LANES, load(checkpoints, saved + n * n_channels))
 
                 for t in range(start, stop):
                     if has_resets and resets[b * n_time + t]:
                         _zero(state, 0, block_size)
-                    delta, slope = _step_size(dt, b * dt_at[0] + t * dt_at[1] + d0, bias, softplus, width)
-                    x = load_some(u, b * u_at[0] + t * u_at[1] + d0, width)
+                    delta, slope = _step_size(load(dt, b * dt_at[0] + t * dt_at[1] + d0) + bias, softplus)
+                    x = load(u, b * u_at[0] + t * u_at[1] + d0)
                     token = (b * n_time + t) * n_channels + d0
-                    out_grad = load_some(dy, token, width)
+                    out_grad = load(dy, token)
                     y_grad = out_grad
                     if has_z:
-                        gate = load_some(z, b * z_at[0] + t * z_at[1] + d0, width)
+                        gate = load(z, b * z_at[0] + t * z_at[1] + d0)
                         s = sigmoid(gate)
                         y_grad = out_grad * (gate * s)
                     drive = delta * x
@@ -266,7 +259,7 @@ def _backward(  # type: ignore[no-untyped-def]
                         store(C_grad, step + i, load(C_grad, step + i) + y_grad * h)
                         out = out + h * broadcast(C, C_row + n)
                     if has_z:
-                        store_some(dz, token, out_grad * out * (s * (1.0 + gate * (1.0 - s))), width)
+                        store(dz, token, out_grad * out * (s * (1.0 + gate * (1.0 - s))))
                     store(deltas, (t - start) * LANES, delta)
                     store(slopes, (t - start) * LANES, slope)
                     store(y_grads, (t - start) * LANES, y_grad)
@@ -274,7 +267,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 for t in range(stop - 1, start - 1, -1):
                     delta = load(deltas, (t - start) * LANES)
                     y_grad = load(y_grads, (t - start) * LANES)
-                    x = load_some(u, b * u_at[0] + t * u_at[1] + d0, width)
+                    x = load(u, b * u_at[0] + t * u_at[1] + d0)
                     drive = delta * x
                     drive_grad = x * 0.0
                     exponent_grad = x * 0.0
@@ -295,8 +288,8 @@ def _backward(  # type: ignore[no-untyped-def]
                         _zero(state_grad, at, block_size)
                     step_grad = (drive_grad * x + exponent_grad * LN_2) * load(slopes, (t - start) * LANES)
                     token = (b * n_time + t) * n_channels + d0
-                    store_some(du, token, drive_grad * delta + skip * y_grad, width)
-                    store_some(ddt, token, step_grad, width)
+                    store(du, token, drive_grad * delta + skip * y_grad)
+                    store(ddt, token, step_grad)
                     store(skip_grad, lane_at, load(skip_grad, lane_at) + y_grad * x)
                     store(bias_grad, lane_at, load(bias_grad, lane_at) + step_grad)
 
@@ -309,12 +302,21 @@ def _backward(  # type: ignore[no-untyped-def]
 
         for d0 in range(range_start, range_stop, LANES):
             at = (d0 - range_start) * n_state
-            width = min(LANES, n_channels - d0)
             row = b * n_channels + d0
-            _vectors_to_columns(decay_grad, at, dA, row * n_state, width, n_state)
-            _vectors_to_columns(state_grad, at, dinitial_state, row * n_state, width, n_state)
-            store_some(dD, row, load(skip_grad, d0 - range_start), width)
-            store_some(ddt_bias, row, load(bias_grad, d0 - range_start), width)
+            _vectors_to_columns(decay_grad, at, dA, row, n_state)
+            _vectors_to_columns(state_grad, at, dinitial_state, row, n_state)
+            store(dD, row, load(skip_grad, d0 - range_start))
+            store(ddt_bias, row, load(bias_grad, d0 - range_start))
+
+
+def _pad(lacking: int, *tensors: Tensor | None) -> list[Any]:
+    """Adds `lacking` zero channels in the last dimension."""
+    return [None if x is None else F.pad(x, (0, lacking)) for x in tensors]
+
+
+def _pad_rows(lacking: int, *tensors: Tensor | None) -> list[Any]:
+    """Adds `lacking` zero channels in the last dimension but one."""
+    return [None if x is None else F.pad(x, (0, 0, 0, lacking)) for x in tensors]
 
 
 def forward(
@@ -331,13 +333,20 @@ def forward(
     segment_ids: Tensor | None,
     save_checkpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns `(y, final_state, checkpoints)`; see the contract in `op`.
-
-    Inside a checkpoint, each block of 16 channels holds its states as (N, width) instead of (width, N), width being
-    16 or what is left of D: so the vectors are stored as they are.
-    """
+    """Returns `(y, final_state, checkpoints)`; see the contract in `op`. A checkpoint is laid out as (N, D)."""
     n_batch, n_time, n_channels = u.shape
     n_state = A.shape[1]
+    if lacking := -n_channels % LANES:
+        u, dt, D, z, dt_bias = _pad(lacking, u, dt, D, z, dt_bias)
+        A, initial_state = _pad_rows(lacking, A, initial_state)
+        y, final_state, checkpoints = forward(
+            u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, save_checkpoints
+        )
+        if save_checkpoints:
+            slabs = checkpoints.view(n_batch, -1, n_state, n_channels + lacking)[..., :n_channels]
+            checkpoints = slabs.reshape(n_batch, -1, n_channels, n_state)
+        return y[..., :n_channels].contiguous(), final_state[:, :n_channels].contiguous(), checkpoints
+
     dtype = state_dtype(u)
     y = torch.empty((n_batch, n_time, n_channels), dtype=dtype)
     final_state = torch.empty((n_batch, n_channels, n_state), dtype=dtype)
@@ -384,6 +393,16 @@ def backward(
     """Returns the gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; see the contract in `op`."""
     n_batch, n_time, n_channels = u.shape
     n_state = A.shape[1]
+    if lacking := -n_channels % LANES:
+        dy, u, dt, D, z, dt_bias = _pad(lacking, dy, u, dt, D, z, dt_bias)
+        A, dfinal_state = _pad_rows(lacking, A, dfinal_state)
+        (checkpoints,) = _pad(lacking, checkpoints.view(n_batch, -1, n_state, n_channels))
+        du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = backward(
+            dy, dfinal_state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, checkpoints
+        )
+        du, ddt, dD, dz, ddt_bias = (None if x is None else x[..., :n_channels] for x in (du, ddt, dD, dz, ddt_bias))
+        return du, ddt, dA[:n_channels], dB, dC, dD, dz, ddt_bias, dinitial_state[:, :n_channels]
+
     n_ranges = -(-n_channels // (RANGE * LANES))
     dtype = state_dtype(u)
     du, ddt, dz = (torch.empty((n_batch, n_time, n_channels), dtype=dtype) for _ in range(3))
@@ -393,7 +412,7 @@ def backward(
     parallel.run(
         _backward,
         n_batch * n_ranges,
-        u.numel() * n_state,
+        2 * u.numel() * n_state,
         (n_time, n_channels, n_state),
         flat(dy, dtype),
         flat(dfinal_state, dtype),
