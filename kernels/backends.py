@@ -74,7 +74,7 @@ def resolve(operator: str, requested: str, device_type: str, features: Features 
         BackendError: The named backend does not exist, or cannot run this call; nothing else is taken in its place.
     """
     chosen = _choose(operator, requested, device_type, features)
-    _used.setdefault(operator, {})[chosen] = None
+    record(operator, chosen)
     return chosen
 
 
@@ -90,7 +90,7 @@ def _choose(operator: str, requested: str, device_type: str, features: Features)
     if requested not in ("auto", *names):
         mend = did_you_mean(requested, ["auto", *names])
         raise BackendError(f"{operator}: no backend is called {requested!r}: {mend}")
-    rejected = []
+    rejected: list[str] = []
     for backend in backends:
         if requested not in ("auto", backend.name):
             continue
@@ -103,6 +103,11 @@ def _choose(operator: str, requested: str, device_type: str, features: Features)
         rejected.append(f"{backend.name}: {reason}")
     mend = "pass backend='auto'" if requested != "auto" else "move the tensors to another device"
     raise BackendError(f"{operator}: cannot run on {device_type} with backend {requested!r}: {rejected[0]}; {mend}")
+
+
+def record(operator: str, backend: str) -> None:
+    """Notes that a backend of an operator was used."""
+    _used.setdefault(operator, {})[backend] = None
 
 
 def used() -> dict[str, str]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import models, overload, register_model
 from numpy.polynomial import Chebyshev, Polynomial
 
 LANES = 16
+intrinsic: Any = extending.intrinsic  # typed in numba as if the typing context were an argument of the call
 LOG2_E = 1 / math.log(2)
 
 # Products may fuse with sums, but nothing is reordered and NaN and infinity keep their meaning.

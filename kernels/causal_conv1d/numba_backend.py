@@ -8,6 +8,8 @@ Shape letters: B batch, T time, D channels, K taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -101,7 +103,7 @@ def _backward(  # type: ignore[no-untyped-def]
                 store(dx, (b * n_time + t) * n_channels + d0, x_grad)
 
 
-def _whole_blocks(*tensors: Tensor | None) -> list[Tensor | None]:
+def _whole_blocks(*tensors: Tensor | None) -> list[Any]:
     """Adds zero channels in the last dimension up to a multiple of 16."""
     return [x if x is None or x.shape[-1] % LANES == 0 else F.pad(x, (0, -x.shape[-1] % LANES)) for x in tensors]
 

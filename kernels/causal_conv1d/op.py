@@ -244,11 +244,11 @@ def flops(
 
 
 def _forward_flops(x, weight, bias, activation, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return flops(*x, weight[1], bias=bias is not None, activation=activation is not None)
+    return flops(x[0], x[1], x[2], weight[1], bias=bias is not None, activation=activation is not None)
 
 
 def _backward_flops(dy, x, weight, bias, activation, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return flops(*x, weight[1], bias=bias is not None, activation=activation is not None, backward=True)
+    return flops(x[0], x[1], x[2], weight[1], bias=bias is not None, activation=activation is not None, backward=True)
 
 
 flop_formulas.register(torch.ops.zoo.causal_conv1d_forward, _forward_flops)

@@ -389,7 +389,7 @@ def backward(
     dt_softplus: bool,
     segment_ids: Tensor | None,
     checkpoints: Tensor,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """Returns the gradients of u, dt, A, B, C, D, z, dt_bias and the initial state; see the contract in `op`."""
     n_batch, n_time, n_channels = u.shape
     n_state = A.shape[1]

@@ -16,6 +16,8 @@ cast to their input's dtype here. dinitial_state is always returned; backward dr
 checkpoints (B, K, D, N) holds what the backend's own backward needs to restart each chunk: the state at the START of
 the chunk, before a reset that falls on its first step. The order inside one (D, N) slab is the backend's business.
 It is an empty tensor of shape (0,) where save_checkpoints is False.
+
+triton_backend also has `INTERPRETED: bool`, whether Triton's interpreter was on when its kernels were decorated.
 """
 
 from __future__ import annotations
@@ -149,7 +151,7 @@ def _backward(
     return tuple(
         u.new_empty(0) if like is None else gradient.to(like.dtype)
         for gradient, like in zip(gradients, (u, dt, A, B, C, D, z, dt_bias, checkpoints), strict=True)
-    )
+    )  # type: ignore[return-value]
 
 
 @_backward.register_fake
@@ -259,8 +261,9 @@ def selective_scan(
         return reference(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids)
     inputs = (u, dt, A, B, C, D, z, dt_bias, initial_state)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    save = differentiable and chosen != "cuda"  # the package's backward starts from the inputs alone
     y, final_state, _ = torch.ops.zoo.selective_scan_forward(
-        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, differentiable, chosen
+        u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, save, chosen
     )
     return y, final_state
 
@@ -295,11 +298,11 @@ def flops(
 
 
 def _forward_flops(u, dt, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return flops(*u, A[1], D=D is not None, z=z is not None)
+    return flops(u[0], u[1], u[2], A[1], D=D is not None, z=z is not None)
 
 
 def _backward_flops(dy, dfinal_state, u, dt, A, B, C, D, z, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return flops(*u, A[1], D=D is not None, z=z is not None, backward=True)
+    return flops(u[0], u[1], u[2], A[1], D=D is not None, z=z is not None, backward=True)
 
 
 flop_formulas.register(torch.ops.zoo.selective_scan_forward, _forward_flops)
