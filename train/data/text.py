@@ -179,10 +179,7 @@ def _windows(corpus: Corpus, split: str, codec: dict[str, str], seq_len: int, fo
             tokens += len(ids)
             yield ids, sizes
 
-    for row in pack(encoded(), seq_len):
-        if tokens < seq_len:
-            break
-        yield row
+    yield from pack(encoded(), seq_len)
     if tokens < seq_len:
         raise DataError(
             f"{corpus.name}: the {split} split has {tokens} {encoder.unit}s, too short for one window of "

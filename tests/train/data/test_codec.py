@@ -36,7 +36,7 @@ def test_a_tokenizer_loses_no_byte(tokenizer_file, monkeypatch, piece):
     assert loaded.decode(tokens) == text
     assert tokens.max() < loaded.vocab_size == 300
     # Where tokens do not share a character, a token's bytes are those of its own text.
-    ascii_tokens, ascii_sizes = loaded.encode_document(b"then some English words")
+    ascii_tokens, ascii_sizes = loaded.encode_document(b"then some English words\nto follow it\nhere.\n")
     assert [len(loaded.decode([t])) for t in ascii_tokens] == ascii_sizes.tolist()
 
 
