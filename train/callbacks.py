@@ -121,7 +121,7 @@ class StopRules(L.Callback):
     def _is_over(self, trainer: L.Trainer) -> bool:
         minutes = self.config.max_minutes
         late = minutes is not None and self.books.wall_seconds >= 60 * minutes
-        return trainer.global_step >= self.max_steps or late
+        return trainer.global_step > 0 and (late or trainer.global_step >= self.max_steps)
 
     def _is_learnt(self, module: L.LightningModule) -> bool:
         assert isinstance(module, SequenceModule)
@@ -189,15 +189,22 @@ class Signals(L.Callback):
         if self.requested:
             raise StopRequested
 
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Stops listening; not as late as `teardown`, before which Lightning has put back what it found."""
+        self._stop_listening()
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Stops listening."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self._stop_listening()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Stops listening."""
-        self.teardown(trainer, module, "")
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread() or self._previous:

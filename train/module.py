@@ -104,7 +104,8 @@ class SequenceModule(L.LightningModule):
             NonFiniteError: The loss of a micro-batch, or the gradient, is not finite. Under fp16 the gradient scaler
                 skips steps with a non-finite gradient, so only the loss counts there.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optim.clip or float("inf"))
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         pending, self._pending = self._pending, []
         names = list(pending[0][2])
         rows = [torch.stack([losses[name].double() for name in names]) for _, _, losses in pending]
@@ -115,6 +116,8 @@ class SequenceModule(L.LightningModule):
                 raise NonFiniteError(self.global_step + 1, culprit, self._first_nonfinite_layer(batch, batch_idx))
         if not np.isfinite(numbers[0][-1]) and not self._gradients_are_scaled:
             raise NonFiniteError(self.global_step + 1, "gradient", f"parameter {first_nonfinite_gradient(self.model)}")
+        if self.optim.clip is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
         means = np.mean(numbers, axis=0).tolist()
         self.results["train"] = {"loss": sum(means[:-1]), "grad_norm": means[-1], "lr": optimizer.param_groups[0]["lr"]}
         if len(names) > 1:

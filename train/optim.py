@@ -96,8 +96,8 @@ def build_optimizer(
 
 
 def first_nonfinite_gradient(model: nn.Module) -> str | None:
-    """Name of the first parameter whose gradient holds an infinity or NaN."""
-    for name, parameter in model.named_parameters():
+    """Name of the parameter where a backward pass first met an infinity or NaN: the last one in the model's order."""
+    for name, parameter in reversed(list(model.named_parameters())):
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             return name
     return None
