@@ -62,7 +62,17 @@ def run_python(code: str, **kwargs) -> str:
 
 
 def test_import_is_light() -> None:
-    heavy = ["numba", "triton", "transformers", "lightning", "hydra", "omegaconf", "datasets", "matplotlib", "mamba_ssm"]
+    heavy = [
+        "numba",
+        "triton",
+        "transformers",
+        "lightning",
+        "hydra",
+        "omegaconf",
+        "datasets",
+        "matplotlib",
+        "mamba_ssm",
+    ]
     code = f"import sys, zoo; zoo.create_model('mamba', vocab_size=2); print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code).strip() == "[]"
 

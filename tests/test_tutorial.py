@@ -22,7 +22,7 @@ def test_tutorial_takes_one_file(tmp_path) -> None:
     (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     for command in block.strip().splitlines():
         program, *arguments = command.split()
-        module = {"pytest": ["-m", "pytest", "-q", "-p", "no:cacheprovider"], "python": [], "zoo": ["-m", "zoo"]}[program]
+        module = {"pytest": ["-m", "pytest", "-q"], "python": [], "zoo": ["-m", "zoo"]}[program]
         result = subprocess.run(
             [sys.executable, *module, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
         )

@@ -16,14 +16,18 @@ VERBS = {
     "kernels": ("zoo.kernels", "operators, their backends, and which would run on this machine"),
 }
 
-HELP = f"""zoo {__version__}: a model zoo of sub-quadratic sequence architectures
+HELP = (
+    f"""zoo {__version__}: a model zoo of sub-quadratic sequence architectures
 
 usage: zoo VERB [key=value ...]      (the same as python -m zoo VERB ...)
 
 verbs:
-""" + "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()) + """
+"""
+    + "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    + """
 
 `zoo VERB --help` says more. ZOO_DEBUG=1 shows tracebacks."""
+)
 
 
 def main() -> None:

@@ -50,7 +50,9 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
-    def init_state(self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Any:
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
         """The state before the first token. `dtype` is that of cached activations; recurrent states are fp32."""
         return NoState()
 
@@ -62,7 +64,8 @@ class Mixer(nn.Module):
         if not state:
             return state
         fresh = self.init_state(rows.shape[0], device=state[0].device, dtype=state[0].dtype)
-        return type(state)(*(torch.where(_rows_like(rows, old), new, old) for old, new in zip(state, fresh, strict=True)))
+        pairs = zip(state, fresh, strict=True)
+        return type(state)(*(torch.where(_rows_like(rows, old), new, old) for old, new in pairs))
 
     def flops(self, seq_len: int) -> int:
         """Forward FLOPs (2 per multiply-add) for one sequence of that length, norms and activations left out."""

@@ -132,7 +132,7 @@ def test_logits_loss_and_gradients(name, build, size, time) -> None:
 
     tokens, targets = torch.randint(53, (2, time)), torch.randint(53, (2, time))
     extra = {}
-    if getattr(ours.config, "window", None):  # their Llama has no window: give it ours as a mask, so that the rule is theirs
+    if getattr(ours.config, "window", None):  # their Llama has no window, so it gets one as a mask
         i = torch.arange(time)
         seen = (i[:, None] >= i) & (i[:, None] - i < ours.config.window)
         extra["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(2, 1, time, time)
@@ -146,8 +146,8 @@ def test_logits_loss_and_gradients(name, build, size, time) -> None:
     for parameter, source in sources.items():
         expected_grad = theirs.get_parameter(parameter).grad
         actual = ours_for(source, grads, expected_grad)
-        if expected_grad.abs().max() < 1e-7:  # a lone token has nothing to attend to: rounding noise
+        if expected_grad.abs().max() < 1e-6:  # a lone token has nothing to attend to: rounding noise
             assert time == 1
-            assert actual.abs().max() < 1e-7
+            assert actual.abs().max() < 1e-6
         else:
             assert relative_error(actual, expected_grad) < TOLERANCE, parameter

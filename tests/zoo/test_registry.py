@@ -71,7 +71,7 @@ def test_a_clash_is_an_error() -> None:
     class Other(zoo.ModelConfig):
         pass
 
-    with pytest.raises(ConfigError, match="'mamba' is already registered by zoo.architectures.mamba.Mamba"):
+    with pytest.raises(ConfigError, match=r"'mamba' is already registered by zoo\.architectures\.mamba\.Mamba"):
         zoo.register("mamba", config=Other)(zoo.Mixer)
     assert architecture("mamba").mixer.__name__ == "Mamba"
 

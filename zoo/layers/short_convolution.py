@@ -29,6 +29,4 @@ class ShortConvolution(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None, segment_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Maps (B, T, E) to (B, T, E); the state is the K-1 inputs before the first token, (B, K-1, E)."""
-        return causal_conv1d(
-            x, self.weight, self.bias, activation="silu", initial_state=state, segment_ids=segment_ids
-        )
+        return causal_conv1d(x, self.weight, self.bias, activation="silu", initial_state=state, segment_ids=segment_ids)
