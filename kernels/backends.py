@@ -100,9 +100,10 @@ def _choose(operator: str, requested: str, device_type: str, features: Features)
             because = f" (not {'; not '.join(rejected)})" if rejected else ""
             logger.info("%s on %s%s runs on backend %s%s", operator, device_type, asked, backend.name, because)
             return backend.name
+        if requested != "auto":
+            raise BackendError(f"{operator}: backend {requested!r} cannot run this: {reason}; or pass backend='auto'")
         rejected.append(f"{backend.name}: {reason}")
-    mend = "pass backend='auto'" if requested != "auto" else "move the tensors to another device"
-    raise BackendError(f"{operator}: cannot run on {device_type} with backend {requested!r}: {rejected[0]}; {mend}")
+    raise BackendError(f"{operator}: no backend runs on {device_type}: {'; '.join(rejected)}")
 
 
 def record(operator: str, backend: str) -> None:

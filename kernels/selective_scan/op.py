@@ -149,7 +149,7 @@ def _backward(
     )
     # A custom op cannot return None, so an absent optional has an empty gradient.
     return tuple(
-        u.new_empty(0) if like is None else gradient.to(like.dtype)
+        u.new_empty(0) if like is None else gradient.to(like.dtype).contiguous()
         for gradient, like in zip(gradients, (u, dt, A, B, C, D, z, dt_bias, checkpoints), strict=True)
     )  # type: ignore[return-value]
 
@@ -237,11 +237,10 @@ def selective_scan(
         BackendError: The named backend cannot run this call.
     """
     check_rank("selective_scan", "u", u, "B T D")
-    check_rank("selective_scan", "A", A, "D N")
-    batch, time, channels = u.shape
+    check_rank("selective_scan", "B", B, "B T N")
     check_tensors(
         "selective_scan",
-        {"B": batch, "T": time, "D": channels, "N": A.shape[1]},
+        {"B": u.shape[0], "T": u.shape[1], "D": u.shape[2], "N": B.shape[2]},
         u.device,
         {
             "u": (u, "B T D", "float"),
