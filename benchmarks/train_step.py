@@ -41,7 +41,7 @@ def peers_module():
 
 
 class MambaPy(nn.Module):
-    """mambapy's stack with the embedding, norm and tied head of ours around it (its own wrapper wants more packages)."""
+    """mambapy's stack inside an embedding, norm and tied head like ours (its own wrapper wants more packages)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,6 +52,7 @@ class MambaPy(nn.Module):
         self.norm = nn.RMSNorm(SIZE["d_model"])
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits."""
         return F.linear(self.norm(self.layers(self.embedding(tokens))), self.embedding.weight)
 
 

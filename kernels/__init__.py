@@ -3,17 +3,32 @@
 Importing this package loads no compiler: numba, Triton and the CUDA packages are imported when a call first needs them.
 """
 
-from zoo.kernels.backends import describe, used
-from zoo.kernels.causal_conv1d.op import causal_conv1d
-from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
-from zoo.kernels.selective_scan.op import flops as selective_scan_flops
-from zoo.kernels.selective_scan.op import selective_scan
+import sys
 
-__all__ = [
-    "causal_conv1d",
-    "causal_conv1d_flops",
-    "describe",
-    "selective_scan",
-    "selective_scan_flops",
-    "used",
-]
+if __name__ == "kernels":
+    # Run from the checkout's root, Python finds this folder under the bare name, which belongs to another package.
+    # Hand the name on to that package where it is installed; without it, this stays an empty module.
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+    from pathlib import Path
+
+    _here = Path(__file__).resolve().parents[1]
+    _spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != _here])
+    if _spec is not None and _spec.loader is not None:
+        sys.modules["kernels"] = module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules["kernels"])
+else:
+    from zoo.kernels.backends import describe, used
+    from zoo.kernels.causal_conv1d.op import causal_conv1d
+    from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
+    from zoo.kernels.selective_scan.op import flops as selective_scan_flops
+    from zoo.kernels.selective_scan.op import selective_scan
+
+    __all__ = [
+        "causal_conv1d",
+        "causal_conv1d_flops",
+        "describe",
+        "selective_scan",
+        "selective_scan_flops",
+        "used",
+    ]

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from zoo.checkpoint import load_pretrained, model_folder, read_description
+from zoo.codec import codec_from_dict
 from zoo.console import run_cli
 from zoo.generation import stream
 from zoo.kernels.errors import ConfigError
 from zoo.settings import Settings, describe_settings, parse_overrides, setting
-from zoo.text import load_tokenizer
 
 OWNER = "zoo generate"
 
@@ -48,10 +48,13 @@ def main() -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={config.device!r} cannot be used here: pass device=cpu") from error
-    tokenizer = load_tokenizer(read_description(model_folder(config.model)).get("tokenizer"), config.model)
+    tokenizer = read_description(model_folder(config.model)).get("tokenizer")
+    if tokenizer is None:
+        raise ConfigError(f"model={config.model} was not trained on text: generate with one that was, or from Python")
+    codec = codec_from_dict(tokenizer)
     model = load_pretrained(config.model, device=device)
     prompt = config.prompt or "\n"
-    tokens = torch.tensor([tokenizer.encode(prompt)], device=device)
+    tokens = torch.tensor([codec.encode(prompt)], device=device)
     new: list[int] = []
     print(prompt, end="", flush=True)
     shown = ""
@@ -65,12 +68,12 @@ def main() -> None:
         seed=config.seed,
     ):
         new.append(int(token))
-        text = tokenizer.decode(new)
+        text = codec.decode(new)
         # A character may need several tokens: what is not yet whole waits for the next one.
         if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(tokenizer.decode(new)[len(shown) :])
+    print(codec.decode(new)[len(shown) :])
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def _stream(
     generator = torch.Generator(tokens.device).manual_seed(seed)
     state = model.init_state(tokens.shape[0])
     for _ in range(max_new_tokens):
-        logits, state, _ = model(tokens, state=state)  # type: ignore[assignment]
+        logits, state, _ = model(tokens, state=state)
         last = logits[:, -1].float()  # (B, V)
         if temperature == 0:
             token = last.argmax(-1)

@@ -5,7 +5,7 @@ Letters: B batch, T time, D d_model, V vocab_size.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +110,8 @@ class Model(nn.Module):
         device = device or self.embedding.weight.device
         dtype = dtype or self.embedding.weight.dtype
         layers = tuple(
-            tuple(mixer.init_state(batch_size, device=device, dtype=dtype) for mixer in block.mixers)
-            for block in self.blocks
+            tuple(mixer.init_state(batch_size, device=device, dtype=dtype) for mixer in mixers)
+            for mixers in self.mixers()
         )
         return ModelState(layers, torch.full((batch_size,), -1, dtype=torch.int64, device=device))
 
@@ -128,19 +128,23 @@ class Model(nn.Module):
 
     def flops(self, seq_len: int) -> int:
         """Declared forward FLOPs (2 per multiply-add) for one sequence of `seq_len` tokens, head included."""
-        mixers = sum(mixer.flops(seq_len) for block in self.blocks for mixer in block.mixers)
-        return mixers + 2 * seq_len * self.config.d_model * self.config.vocab_size
+        blocks = sum(mixer.flops(seq_len) for mixers in self.mixers() for mixer in mixers)
+        return blocks + 2 * seq_len * self.config.d_model * self.config.vocab_size
 
     def state_size(self, seq_len: int) -> int:
         """Declared elements of the state of one sequence after `seq_len` tokens, the document's id included."""
-        return 1 + sum(mixer.state_size(seq_len) for block in self.blocks for mixer in block.mixers)
+        return 1 + sum(mixer.state_size(seq_len) for mixers in self.mixers() for mixer in mixers)
+
+    def mixers(self) -> list[list[Mixer]]:
+        """The residual sublayers of each block, in order."""
+        return [cast("list[Mixer]", list(cast(Block, block).mixers)) for block in self.blocks]
 
     def _enter_segments(self, state: ModelState, segment: Tensor) -> ModelState:
         """Resets the rows whose next token begins another document than the one the state belongs to."""
         rows = (state.segment != segment) & (state.segment >= 0)  # (B,)
         layers = tuple(
-            tuple(mixer.reset_state(s, rows) for mixer, s in zip(block.mixers, states, strict=True))
-            for block, states in zip(self.blocks, state.layers, strict=True)
+            tuple(mixer.reset_state(s, rows) for mixer, s in zip(mixers, states, strict=True))
+            for mixers, states in zip(self.mixers(), state.layers, strict=True)
         )
         return ModelState(layers, segment)
 

@@ -8,7 +8,6 @@ ranges, so that a wrong value is one clear line wherever it comes from.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import types
@@ -109,7 +108,6 @@ class Settings:
 _WRONG_TYPE = object()
 
 
-@functools.cache
 def field_types(settings: type[Settings]) -> dict[str, Any]:
     """The resolved annotations of a settings class."""
     return typing.get_type_hints(settings)

@@ -1,5 +1,6 @@
 """Data: the same batches for every architecture, from a config and a seed."""
 
+from zoo.codec import ByteCodec, Codec, TokenizerCodec, codec_from_dict
 from zoo.train.data.base import (
     SPLITS,
     DataConfig,
@@ -11,7 +12,6 @@ from zoo.train.data.base import (
     list_data,
     register_data,
 )
-from zoo.train.data.codec import ByteCodec, Codec, TokenizerCodec, codec_from_dict
 from zoo.train.data.mqar import MQAR, MQARConfig
 from zoo.train.data.pystdlib import PyStdlib, PyStdlibConfig
 from zoo.train.data.stream import IGNORE, Batch, BatchHash, BatchStream, EvalBatches

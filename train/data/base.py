@@ -11,9 +11,9 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
+from zoo.codec import Codec
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, setting
-from zoo.train.data.codec import Codec
 from zoo.train.data.stream import BatchStream, EvalBatches
 from zoo.train.recipe import Recipe
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.codec import ByteCodec
 from zoo.kernels.errors import DataError
 from zoo.settings import setting
 from zoo.train.data.base import register_data
-from zoo.train.data.codec import ByteCodec
 from zoo.train.data.corpus import FileCorpus, Shares, files_corpus
 from zoo.train.data.text import PackedText, PackedTextConfig
 

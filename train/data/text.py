@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from zoo.codec import ByteCodec, Codec, codec_from_dict, load_tokenizer
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.settings import setting
 from zoo.train.data.base import DataConfig, Source, register_data
 from zoo.train.data.cache import build, token_types
-from zoo.train.data.codec import ByteCodec, Codec, codec_from_dict, load_tokenizer
 from zoo.train.data.corpus import Corpus, Shares, hub_corpus, path_corpus
 from zoo.train.data.packing import pack
 

@@ -98,7 +98,7 @@ class Attention(Mixer):
         document_start = None if segment_ids is None else _segment_starts(segment_ids)
         if state is not None:
             cached_start = (state.start - state.position)[:, None].expand(batch, length)
-            if document_start is None:
+            if segment_ids is None or document_start is None:
                 document_start = cached_start
             else:
                 document_start = torch.where(segment_ids == segment_ids[:, :1], cached_start, document_start)
@@ -106,7 +106,7 @@ class Attention(Mixer):
 
         y = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), document_start)  # (B, H, T, K)
         y = self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
-        if state is None:
+        if state is None or document_start is None:
             return y, None
         keep = k.shape[1] if self.window is None else min(k.shape[1], self.window - 1)
         forget = k.shape[1] - keep

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from zoo import codec
+from zoo.codec import ByteCodec, codec_from_dict
 from zoo.kernels.errors import DataError
-from zoo.train.data import ByteCodec, codec, codec_from_dict
 
 from .conftest import PROSE
 
