@@ -64,7 +64,9 @@ def test_a_signal_saves_the_run_and_resume_ends_bit_identical(number, accumulate
     toy.at_step = lambda mixer, now: now == call and signal.raise_signal(number)
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     words = ("arch=toy", "trainer.max_steps=10", "trainer.val_every=3", f"trainer.accumulate={accumulate}")
-    with pytest.raises(Interrupted, match=r"^interrupted after step \d+: the same command with resume=true goes on in "):
+    with pytest.raises(
+        Interrupted, match=r"^interrupted after step \d+: the same command with resume=true goes on in "
+    ):
         train(tmp_path, *words, "name=x")
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert newest_step(tmp_path / "x") == (saved or 10)
@@ -135,7 +137,7 @@ def test_a_damaged_checkpoint_is_one_line_with_the_mend(toy, train, tmp_path):
     (first.folder / "summary.json").unlink()
     newest = RunFolder(first.folder).newest_checkpoint()
     newest.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="step-000000004.ckpt cannot be read .*: delete it, the one before"):
+    with pytest.raises(CheckpointError, match=r"step-000000004.ckpt cannot be read .*: delete it, the one before"):
         train(tmp_path, *words, "resume=true")
     os.unlink(newest)
     assert train(tmp_path, *words, "resume=true").summary["final_loss"] == first.summary["final_loss"]
