@@ -1,0 +1,60 @@
+"""Saving and loading: damaged and foreign files are refused in one line."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import zoo
+from zoo.kernels.errors import CheckpointError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    zoo.save_pretrained(zoo.create_model("mamba", vocab_size=7, d_model=8), tmp_path)
+    return tmp_path
+
+
+def edit(folder, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_dtype_and_run_folder(folder, tmp_path_factory) -> None:
+    assert zoo.load_pretrained(folder, dtype=torch.bfloat16).norm.weight.dtype == torch.bfloat16
+    run = tmp_path_factory.mktemp("run")
+    folder.rename(run / "model")
+    assert not zoo.load_pretrained(run).training
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "holds no model"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda f: (f / "config.json").write_text("[]"), "not written by the zoo"),
+        (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:99]),
+            "cannot be read",
+        ),
+        (lambda f: edit(f, lambda w: w.pop("norm.weight")), "missing ['norm.weight']"),
+        (lambda f: edit(f, lambda w: w.update(more=torch.ones(1))), "unexpected ['more']"),
+        (lambda f: edit(f, lambda w: w.update({"norm.weight": torch.ones(3)})), "norm.weight has shape (3,)"),
+    ],
+)
+def test_damage_is_named(folder, damage, message) -> None:
+    damage(folder)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        zoo.load_pretrained(folder)
+
+
+def test_weights_of_another_architecture(folder) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    description |= {"architecture": "transformer", "config": {"vocab_size": 7, "d_model": 8}}
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"does not fit its config.json \(transformer\): missing"):
+        zoo.load_pretrained(folder)
