@@ -59,7 +59,7 @@ def prepare(backend: str, sizes: dict[str, int]) -> Callable[[], Any]:
 
 
 def agree(case: dict[str, Any]) -> float:
-    """Largest relative error of numba's gradients against the reference's; a figure of a wrong result is worth nothing."""
+    """Largest relative error of numba's gradients against the reference's: no figures for wrong results."""
     pairs = zip(*(forward_backward(case, backend)() for backend in ("numba", "reference")), strict=True)
     error = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
     if not error < 1e-5:
@@ -84,7 +84,8 @@ def main() -> None:
         ("forward+backward", forward_backward, options.slow_repeats),
     ):
         for backend, repeats in (("numba", options.repeats), ("reference", slow)):
-            timed[f"{pass_} {backend}"] = median_time(build(case, backend), repeats=repeats, warmup=1)
+            # `agree` was the warm-up
+            timed[f"{pass_} {backend}"] = median_time(build(case, backend), repeats=repeats, warmup=0)
     memory = {backend: peak_memory_bytes(prepare, backend, SIZES) for backend in ("numba", "reference")}
 
     ratios = {

@@ -1,0 +1,1 @@
+"""Evaluation: how the zoo measures."""

@@ -1,0 +1,115 @@
+"""How the zoo measures: time with its spread, memory in a process of its own, and the facts of the machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.kernels.errors import ZooError
+from zoo.train.environment import describe_device, git_commit, versions
+from zoo.train.meters import PeakMemory, synchronize
+
+CPU = torch.device("cpu")
+
+
+def machine_info(device: torch.device = CPU) -> dict[str, Any]:
+    """Returns what a reader needs to judge or repeat a figure: hardware, versions, command, commit."""
+    return {
+        "device": describe_device(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": _total_memory(),
+        "platform": platform.platform(terse=True),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+
+
+def median_time(
+    function: Callable[[], Any], *, repeats: int = 10, warmup: int = 2, device: torch.device = CPU
+) -> dict[str, Any]:
+    """Times calls one by one, after some that do not count.
+
+    Args:
+        function: What to time.
+        repeats: Calls that count.
+        warmup: Calls before: compilation, first allocation, caches.
+        device: Waited for before and after each call.
+
+    Returns:
+        `median`, `min`, `max` in seconds, and `repeats`.
+    """
+    for _ in range(warmup):
+        function()
+    seconds = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": repeats}
+
+
+def peak_memory_bytes(prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device = CPU) -> int:
+    """Measures how much memory a call needs beyond its inputs, in a fresh process.
+
+    Args:
+        prepare: `prepare(*args)` makes the inputs, loads and compiles what is needed, and returns the call to measure.
+            It and its arguments must be importable and picklable, because another process runs them.
+        *args: See `prepare`.
+        device: On a CPU the resident set is measured, on a GPU the allocator.
+
+    Returns:
+        Peak during the call minus what was held just before it, in bytes.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_memory, args=(sender, torch.get_num_threads(), device, prepare, args))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        raise ZooError(
+            f"peak_memory_bytes: the measuring process ended with exit code {child.exitcode}: its message stands above"
+        ) from None
+    finally:
+        child.join()
+
+
+def _measure_memory(
+    sender: Connection,
+    threads: int,
+    device: torch.device,
+    prepare: Callable[..., Callable[[], Any]],
+    args: tuple[Any, ...],
+) -> None:
+    torch.set_num_threads(threads)
+    function = prepare(*args)
+    memory = PeakMemory(device)
+    memory.reset()
+    before = memory.bytes()
+    function()
+    synchronize(device)
+    sender.send(memory.bytes() - before)
