@@ -69,7 +69,8 @@ def _options(group: str, default: str, options: dict[str, str]) -> list[tuple[st
 
 
 def _settings(prefix: str, settings: type[Settings]) -> list[tuple[str, str, str]]:
-    return [(prefix + name, default, text) for name, default, text in describe_settings(settings)]
+    words = {"True": "true", "False": "false"}  # as on the command line
+    return [(prefix + name, words.get(default, default), text) for name, default, text in describe_settings(settings)]
 
 
 def _first_line(thing: Any) -> str:

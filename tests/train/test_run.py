@@ -20,8 +20,8 @@ from .conftest import TINY, same
 
 # fmt: off
 DESIGN_KEYS = {
-    "arch", "data", "seed", "params", "steps", "tokens", "wall_seconds", "tokens_per_second", "peak_memory_bytes", "device",
-    "dtype", "backends", "versions", "git_commit", "batch_hash", "metrics", "config", "status", "command",
+    "arch", "data", "seed", "params", "steps", "tokens", "wall_seconds", "tokens_per_second", "peak_memory_bytes",
+    "device", "dtype", "backends", "versions", "git_commit", "batch_hash", "metrics", "config", "status", "command",
 }
 # fmt: on
 
