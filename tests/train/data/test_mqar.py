@@ -2,6 +2,7 @@
 """MQAR: equality with the published algorithm, what an example is, and the presets."""
 
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -145,10 +146,11 @@ def test_chance_and_plateau_are_as_stated():
 
 def test_the_three_splits_share_no_example():
     source = create_source(MQARConfig(num_examples=10_000))
-    rows = {split: [row.tobytes() for table in source.load(split) for row in _inputs(table)] for split in SPLITS}
-    assert {split: len(of) for split, of in rows.items()} == {"train": 10_000, "validation": 512, "test": 2_048}
-    together = [row for of in rows.values() for row in of]
-    assert len(set(together)) == len(together)
+    rows = {split: {row.tobytes() for table in source.load(split) for row in _inputs(table)} for split in SPLITS}
+    assert len(rows["train"]) > 25_000  # three segments; the shortest sequences meet now and then
+    assert (len(rows["validation"]), len(rows["test"])) == (512, 2_048)
+    for split, other in itertools.combinations(SPLITS, 2):
+        assert not rows[split] & rows[other]
 
 
 def _inputs(table) -> np.ndarray:
@@ -196,6 +198,9 @@ def test_presets():
         assert (figure.batch_size, figure.eval_batch_size) == (batch_size, batch_size)
         assert not figure.config.base.random_fillers
     nano = create_source(MQARConfig())
+    assert {(s.seq_len, s.num_pairs) for s in nano.config.segments("validation") + nano.config.segments("test")} == {
+        (32, 4)
+    }
     assert (nano.vocab_size, nano.batch_size, nano.shuffle) == (64, 64, True)
     assert nano.slice_values == {"seq_len": [32], "num_pairs": [4]}
     assert nano.unit is None
