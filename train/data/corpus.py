@@ -225,6 +225,6 @@ def _load_hub(name: str, hub: str, config: str | None, revision: str | None) -> 
         reason = " ".join(str(error).split())
         raise DataError(
             f"{name}: cannot be loaded ({type(error).__name__}: {reason[:160]}); expected a reachable dataset id "
-            "(with data.hub_config= where it has several) or a local folder"
+            "(with data.hub_config= where it has several), a local folder, or HF_HUB_OFFLINE=1 and a cached dataset"
         ) from None
     return tables if isinstance(tables, datasets.DatasetDict) else datasets.DatasetDict(train=tables)

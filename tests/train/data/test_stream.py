@@ -97,6 +97,7 @@ def test_a_resumed_stream_goes_on_exactly(start):
         assert batch["digest"] == expected["digest"]
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_workers_change_nothing():
     alone = itertools.islice(DataModule(MQARConfig(**SMALL), seed=7).train_dataloader(), 7)
     state = torch.get_rng_state()
