@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import operator
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +28,20 @@ LOG2_E = 1 / math.log(2)
 
 # Products may fuse with sums, but nothing is reordered and NaN and infinity keep their meaning.
 FLAGS = ("contract",)
-jit = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(FLAGS))
-inlined = njit(nogil=True, error_model="numpy", fastmath=set(FLAGS), forceinline=True)
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(FLAGS)}
+
+_DIGEST = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+
+inlined = njit(**OPTIONS, forceinline=True)
+"""Decorates a helper of a kernel's inner loop."""
+
+
+def jit(function: Any) -> Any:
+    """Decorates a kernel: compiled at its first call, then kept on disk."""
+    # Numba's cache watches the kernel's own file alone; under a name with this file's digest the kernel is compiled
+    # again when the vectors change below it.
+    function.__qualname__ += f"_{_DIGEST}"
+    return njit(**OPTIONS, cache=True)(function)
 
 
 class Vector(types.Type):

@@ -50,18 +50,21 @@ def logistic(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
 
+# Name, truth, limits at minus and plus infinity, relative error allowed in multiples of the dtype's eps.
 FUNCTIONS = [
-    (run_exp, np.exp, (0.0, np.inf)),
-    (run_exp2, np.exp2, (0.0, np.inf)),
-    (run_softplus, lambda x: np.maximum(x, 0) + np.log1p(np.exp(-abs(x))), (0.0, np.inf)),
-    (run_slope, logistic, (0.0, 1.0)),
-    (run_sigmoid, logistic, (0.0, 1.0)),
+    (run_exp, np.exp, (0.0, np.inf), 1.3),
+    (run_exp2, np.exp2, (0.0, np.inf), 1.3),
+    (run_softplus, lambda x: np.maximum(x, 0) + np.log1p(np.exp(-abs(x))), (0.0, np.inf), 3),
+    (run_slope, logistic, (0.0, 1.0), 3),
+    (run_sigmoid, logistic, (0.0, 1.0), 3),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 4e-7), (np.float64, 1e-14)])
-@pytest.mark.parametrize(("run", "truth", "limits"), FUNCTIONS)
-def test_accuracy_and_limits(run: Any, truth: Any, limits: tuple[float, float], dtype: Any, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("run", "truth", "limits", "units"), FUNCTIONS)
+def test_accuracy_and_limits(run: Any, truth: Any, limits: tuple[float, float], units: float, dtype: Any) -> None:
+    # The polynomials are made in float64 itself, which costs the float64 versions one more digit.
+    tolerance = units * np.finfo(dtype).eps * (1 if dtype == np.float32 else 10)
     x = np.linspace(-80, 80, LANES * 20_000).astype(dtype)
     out = np.empty_like(x)
     run(x, out)
