@@ -293,6 +293,8 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have a deterministic implementation", UserWarning)
+        # The gradient scaler may skip the very first step.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         # Lightning's own code, with a torch newer than it.
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         try:

@@ -96,6 +96,7 @@ class Toy(Mixer):
             type(self).calls += 1
             if type(self).at_step is not None:
                 type(self).at_step(self, type(self).calls)
+        torch.rand(1)  # also in evaluation, which must not disturb training
         count = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         return self.inner(self.dropout(x).cumsum(1) / count) * self.scale, None
 
