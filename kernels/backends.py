@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from zoo.kernels.errors import BackendError, did_you_mean
 
@@ -51,11 +53,23 @@ def operators() -> tuple[Operator, ...]:
     return tuple(_operators.values())
 
 
-def missing(package: str, extra: str) -> str | None:
-    """Says that `package` is not installed and which extra installs it, or returns None where it is there."""
+def missing(package: str, requirement: str) -> str | None:
+    """Says that `package` is not installed and how to install it, or returns None where it is there."""
     if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed (pip install 'subquadratic-zoo[{extra}]')"
+        return f"the package {package} is not installed (pip install {requirement})"
     return None
+
+
+@functools.cache
+def load(operator: str, backend: str) -> ModuleType:
+    """Imports the module of a backend, `zoo.kernels.<operator>.<backend>_backend`, when a call first needs it."""
+    try:
+        return importlib.import_module(f"zoo.kernels.{operator}.{backend}_backend")
+    except (ImportError, OSError) as error:  # a package compiled for another torch, say
+        reason = str(error).splitlines()[0]
+        raise BackendError(
+            f"{operator}: backend {backend!r} is installed but does not load: {reason}; reinstall it or name another"
+        ) from error
 
 
 def resolve(operator: str, requested: str, device_type: str, features: Features = ()) -> str:

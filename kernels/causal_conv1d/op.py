@@ -13,10 +13,6 @@ with any strides; dy is contiguous. y has x's dtype, gradients may have any floa
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,13 +31,13 @@ def _why_not_cuda(device_type: str, features: backends.Features) -> str | None:
             return f"causal-conv1d does not take {feature}"
     if "initial_state" in features and "segment_ids" in features:
         return "causal-conv1d does not take initial_state and segment_ids together"
-    return backends.missing("causal_conv1d", "cuda")
+    return backends.missing("causal_conv1d", "'subquadratic-zoo[cuda]'")
 
 
 def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
     if device_type not in ("cpu", "meta"):
         return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "test")
+    return backends.missing("numba", "numba")
 
 
 backends.register(
@@ -55,11 +51,6 @@ backends.register(
 )
 
 
-@functools.cache
-def _backend(name: str) -> ModuleType:
-    return importlib.import_module(f"zoo.kernels.causal_conv1d.{name}_backend")
-
-
 @torch.library.custom_op("zoo::causal_conv1d_forward", mutates_args=())
 def _forward(
     x: Tensor,
@@ -70,7 +61,7 @@ def _forward(
     segment_ids: Tensor | None,
     backend: str,
 ) -> Tensor:
-    return _backend(backend).forward(x, weight, bias, activation, initial_state, segment_ids)
+    return backends.load("causal_conv1d", backend).forward(x, weight, bias, activation, initial_state, segment_ids)
 
 
 @_forward.register_fake
@@ -89,7 +80,9 @@ def _backward(
     segment_ids: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _backend(backend).backward(dy.contiguous(), x, weight, bias, activation, initial_state, segment_ids)
+    gradients = backends.load("causal_conv1d", backend).backward(
+        dy.contiguous(), x, weight, bias, activation, initial_state, segment_ids
+    )
     # A custom op cannot return None, so an absent optional has an empty gradient.
     return tuple(
         x.new_empty(0) if like is None else gradient.to(like.dtype).contiguous()

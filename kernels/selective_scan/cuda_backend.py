@@ -91,8 +91,7 @@ def backward(
     pass in its place, and `zoo.kernels.used()` says so.
     """
     if dfinal_state is not None:
-        from zoo.kernels.selective_scan import triton_backend
-
+        triton_backend = backends.load("selective_scan", "triton")
         backends.record("selective_scan", "triton")
         inputs = (u, dt, A, B, C, D, z, dt_bias, dt_softplus)
         checkpoints = triton_backend.forward(*inputs, None, None, True)[2]

@@ -22,11 +22,8 @@ triton_backend also has `INTERPRETED: bool`, whether Triton's interpreter was on
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 import sys
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,13 +42,13 @@ def _why_not_cuda(device_type: str, features: backends.Features) -> str | None:
     for feature in ("initial_state", "segment_ids", "float64", "d_state > 256"):
         if feature in features:
             return f"mamba-ssm's selective_scan_fn does not take {feature}"
-    return backends.missing("mamba_ssm", "cuda")
+    return backends.missing("mamba_ssm", "'subquadratic-zoo[cuda]'")
 
 
 def _why_not_triton(device_type: str, features: backends.Features) -> str | None:
     if device_type not in ("cuda", "cpu"):
         return f"needs a CUDA device, the tensors are on {device_type}"
-    reason = backends.missing("triton", "cuda")
+    reason = backends.missing("triton", "'subquadratic-zoo[cuda]'")
     if reason is None and "float64" in features:
         reason = "its kernels compute in float32, the inputs are float64"
     if reason is None and device_type == "cpu" and not _triton_interprets():
@@ -68,7 +65,7 @@ def _triton_interprets() -> bool:
 def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
     if device_type not in ("cpu", "meta"):
         return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "test")
+    return backends.missing("numba", "numba")
 
 
 backends.register(
@@ -81,11 +78,6 @@ backends.register(
         backends.Backend("reference", lambda device_type, features: None),
     ],
 )
-
-
-@functools.cache
-def _backend(name: str) -> ModuleType:
-    return importlib.import_module(f"zoo.kernels.selective_scan.{name}_backend")
 
 
 def state_dtype(u: Tensor) -> torch.dtype:
@@ -109,7 +101,7 @@ def _forward(
     save_checkpoints: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(backend).forward(
+    return backends.load("selective_scan", backend).forward(
         u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, segment_ids, save_checkpoints
     )
 
@@ -144,7 +136,7 @@ def _backward(
     checkpoints: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _backend(backend).backward(
+    gradients = backends.load("selective_scan", backend).backward(
         dy.contiguous(), dfinal_state, u, dt, A, B, C, D, z, dt_bias, dt_softplus, segment_ids, checkpoints
     )
     # A custom op cannot return None, so an absent optional has an empty gradient.

@@ -66,10 +66,22 @@ def test_the_choice_on_this_project_s_devices() -> None:
 
 
 def test_missing_names_the_package_and_the_extra() -> None:
-    assert backends.missing("torch", "cuda") is None
-    assert backends.missing("no_such_package", "cuda") == (
+    assert backends.missing("torch", "torch") is None
+    assert backends.missing("no_such_package", "'subquadratic-zoo[cuda]'") == (
         "the package no_such_package is not installed (pip install 'subquadratic-zoo[cuda]')"
     )
+
+
+def test_a_package_that_does_not_load_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> None:
+        raise ImportError("selective_scan_cuda.so: undefined symbol: _ZN3c104cuda\nsecond line")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(
+        BackendError, match=r"'cuda' is installed but does not load: .*_ZN3c104cuda; reinstall"
+    ) as caught:
+        backends.load("selective_scan", "cuda")
+    assert "\n" not in str(caught.value)
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,11 +151,8 @@ def test_layouts_of_mamba_ssm(monkeypatch: pytest.MonkeyPatch, all_gradients: An
     for name in ("mamba_ssm", "mamba_ssm.ops"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, interface.__name__, interface)
-    monkeypatch.setattr(
-        importlib.import_module("zoo.kernels.selective_scan.op"),
-        "_backend",
-        {"cuda": _load("zoo.kernels.selective_scan.cuda_backend"), "numba": numba}.__getitem__,
-    )
+    modules = {"cuda": _load("zoo.kernels.selective_scan.cuda_backend"), "numba": numba}
+    monkeypatch.setattr(backends, "load", lambda operator, backend: modules[backend])
     monkeypatch.setattr(backends, "resolve", lambda operator, requested, device, features: requested)
 
     B, T, D, N = 2, 19, 18, 3
@@ -194,11 +203,8 @@ def test_layouts_of_causal_conv1d(monkeypatch: pytest.MonkeyPatch, all_gradients
     package = types.ModuleType("causal_conv1d")
     package.causal_conv1d_fn = causal_conv1d_fn  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    monkeypatch.setattr(
-        importlib.import_module("zoo.kernels.causal_conv1d.op"),
-        "_backend",
-        {"cuda": _load("zoo.kernels.causal_conv1d.cuda_backend"), "torch": torch_backend}.__getitem__,
-    )
+    modules = {"cuda": _load("zoo.kernels.causal_conv1d.cuda_backend"), "torch": torch_backend}
+    monkeypatch.setattr(backends, "load", lambda operator, backend: modules[backend])
     monkeypatch.setattr(backends, "resolve", lambda operator, requested, device, features: requested)
 
     B, T, D, K = 2, 19, 24, 4
