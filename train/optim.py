@@ -32,7 +32,7 @@ class OptimConfig(Settings):
     schedule: str = setting("cosine", "; ".join(f"{k}: {v}" for k, v in SCHEDULES.items()), choices=tuple(SCHEDULES))
     warmup_steps: int = setting(100, "steps of linear warm-up, at most a tenth of all steps", minimum=0)
     decay_ratio: float = setting(0.2, "share of the steps in which wsd decays", above=0, maximum=1)
-    min_lr_ratio: float = setting(0.1, "final learning rate over lr", minimum=0, maximum=1)
+    min_lr_ratio: float = setting(0.0, "final learning rate over lr", minimum=0, maximum=1)
 
 
 def parameter_groups(model: nn.Module, no_decay: set[str], weight_decay: float) -> list[dict[str, object]]:
