@@ -1,6 +1,6 @@
 """What a user gets from the front door: each command as a whole process, its time from import to exit, its result.
 
-python benchmarks/learning.py              # writes benchmarks/results/learning.json
+Run it as `python benchmarks/learning.py`; it writes benchmarks/results/learning.json.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
                 row["batch_hash"][:8],
             )
             args.out.parent.mkdir(exist_ok=True)
-            result = {"machine": machine_info(), "command": " ".join(sys.argv), "runs": rows}
+            result = {"machine": machine_info(), "runs": rows}
             args.out.write_text(json.dumps(result, indent=2) + "\n")
     Console(width=160).print(table)
 

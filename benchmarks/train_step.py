@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo.eval.measure import machine_info
 
 import zoo
+from zoo.eval.measure import machine_info
 
 HERE = Path(__file__).parent
 VOCABULARY, SIZE = 1000, {"d_model": 256, "n_layers": 4}
@@ -169,7 +168,7 @@ def main() -> None:
     for row in lengths:
         print(f"{row['arch']}: time per token at {row['long']} over {row['short']}: {row['ratio']:.3f}")
     args.out.parent.mkdir(exist_ok=True)
-    result = {"machine": machine_info(), "command": " ".join(sys.argv), "steps": rows, "per_token": lengths}
+    result = {"machine": machine_info(), "steps": rows, "per_token": lengths}
     args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
