@@ -170,7 +170,11 @@ class SequenceModule(L.LightningModule):
         state = np.random.SeedSequence((self.seed, batch_idx, self.global_rank)).generate_state(2, np.uint32)
         random.seed(int(state[0]))
         np.random.seed(int(state[0]))  # noqa: NPY002  (third-party mixers may use the global generator)
-        torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+        seed = int(state[0]) << 32 | int(state[1])
+        # What torch.manual_seed does, without the stack traces it records for devices that are not in use.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     @torch.no_grad()
     def _first_nonfinite_layer(self, batch: Batch, batch_idx: int) -> str:
