@@ -30,6 +30,8 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.log_every=1",
 ]
+# One length, so that every batch has as many tokens.
+MQAR = ["data.seq_len=32", "data.num_pairs=4"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,7 +60,8 @@ def train() -> Callable[..., Trained]:
     """Trains a tiny model: `train(runs_dir, "arch=toy", "trainer.max_steps=5")`; prints nothing."""
 
     def go(runs_dir: Path, *words: str) -> Trained:
-        config = train_config([*TINY, f"runs_dir={runs_dir}", *words])
+        data = [] if any(word.startswith("data=") for word in words) else MQAR
+        config = train_config([*TINY, *data, f"runs_dir={runs_dir}", *words])
         summary = run(config, console=Console(quiet=True))
         folder = Path(summary["folder"])
         strict = json.loads((folder / "summary.json").read_text(), parse_constant=lambda word: pytest.fail(word))

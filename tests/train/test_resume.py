@@ -14,7 +14,7 @@ from zoo.train.checkpoint import AtomicCheckpointIO, load_checkpoint
 from zoo.train.errors import Interrupted
 from zoo.train.folder import RunFolder
 
-from .conftest import TINY, same
+from .conftest import MQAR, TINY, same
 
 
 def newest_step(folder) -> int:
@@ -34,7 +34,7 @@ def assert_equal_runs(resumed, undisturbed, step):
 
 def test_kill_9_and_resume_end_bit_identical(train, tmp_path):
     words = ("arch=transformer", "trainer.max_steps=200", "trainer.val_every=10")
-    command = [sys.executable, "-m", "zoo.train", *TINY, f"runs_dir={tmp_path}", *words, "name=killed"]
+    command = [sys.executable, "-m", "zoo.train", *TINY, *MQAR, f"runs_dir={tmp_path}", *words, "name=killed"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "killed"
     while newest_step(folder) < 30:

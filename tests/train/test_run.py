@@ -18,7 +18,7 @@ from zoo.train.errors import NonFiniteError
 from zoo.train.module import SequenceModule
 from zoo.train.optim import learning_rate_factor
 
-from .conftest import TINY, same
+from .conftest import MQAR, TINY, same
 
 # fmt: off
 DESIGN_KEYS = {
@@ -64,7 +64,7 @@ def test_the_summary_is_complete(mamba):
 
 def test_test_metrics_are_those_of_the_saved_model(mamba):
     model = zoo.load_pretrained(mamba.folder)
-    data = DataModule(train_config(["arch=mamba", *TINY]).data, 0)
+    data = DataModule(train_config(["arch=mamba", *TINY, *MQAR]).data, 0)
     right = labels = 0
     loss = 0.0
     for batch in data.test_dataloader():
@@ -80,7 +80,7 @@ def test_test_metrics_are_those_of_the_saved_model(mamba):
 
 
 def test_the_rate_follows_the_schedule_step_by_step(mamba):
-    optim = train_config(["arch=mamba", *TINY]).optim
+    optim = train_config(["arch=mamba", *TINY, *MQAR]).optim
     rates = rows(mamba, "train/lr")
     peak = mamba.summary["config"]["optim"]["lr"]
     assert sorted(rates) == list(range(1, 13))
@@ -89,7 +89,7 @@ def test_the_rate_follows_the_schedule_step_by_step(mamba):
 
 
 def test_the_hash_is_that_of_the_batches_the_data_give(mamba):
-    data = DataModule(train_config(["arch=mamba", *TINY]).data, 0)
+    data = DataModule(train_config(["arch=mamba", *TINY, *MQAR]).data, 0)
     chained = BatchHash()
     for _, batch in zip(range(12), data.train_dataloader(), strict=False):
         chained.update(batch)
