@@ -30,7 +30,7 @@ def machine_info(device: torch.device = CPU) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": _total_memory(),
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
         "git_commit": git_commit(),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
