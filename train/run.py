@@ -59,15 +59,16 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
     fallback = default_name(config.to_dict(data.source.name), _defaults(config, data.source.name))
     config = decide(config, data.source)
 
-    folder, earlier = _open(config, data.source.name, fallback)
-    if earlier is not None and earlier["status"] == "finished":
-        console.print(f"{folder.path} is finished already; nothing to resume")
-        print_table(console, earlier)
-        return earlier
-
     with _deterministic(device), _quiet():
+        # Data and model come before the folder: one that cannot be made leaves no folder behind.
+        data.prepare_data()
         torch.manual_seed(config.seed)
         model = create_model(config.arch, **config.model)
+        folder, earlier = _open(config, data.source.name, fallback)
+        if earlier is not None and earlier["status"] == "finished":
+            console.print(f"{folder.path} is finished already; nothing to resume", soft_wrap=True)
+            print_table(console, earlier)
+            return earlier
         if config.trainer.compile:
             model.compile()
         module = SequenceModule(

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 import zoo
-from zoo.kernels.errors import CheckpointError, ConfigError
+from zoo.kernels.errors import CheckpointError, ConfigError, DataError
 from zoo.train.callbacks import WARMUP_STEPS
 from zoo.train.config import train_config
 from zoo.train.data import BatchHash, DataModule
@@ -286,8 +286,17 @@ def test_fp16_skips_steps_with_an_overflowing_gradient(skipped, toy, train, tmp_
 
 def test_an_architecture_of_too_small_a_vocabulary_is_refused(train, tmp_path):
     with pytest.raises(ConfigError, match=r"^arch.vocab_size=63 is too small for data=mqar, which has 64"):
-        train(tmp_path, "arch=mamba", "arch.vocab_size=63")
+        train(tmp_path / "runs", "arch=mamba", "arch.vocab_size=63")
     assert not list(tmp_path.iterdir())
+
+
+def test_data_or_a_model_that_cannot_be_made_leave_no_folder(train, tmp_path):
+    (tmp_path / "text").write_text("too short")
+    with pytest.raises(DataError, match=r"one window of data.seq_len=512 needs|too short"):
+        train(tmp_path / "runs", "arch=mamba", "data=text", f"data.path={tmp_path / 'text'}")
+    with pytest.raises(ConfigError, match="n_heads"):
+        train(tmp_path / "runs", "arch=transformer", "arch.n_heads=3")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_a_larger_vocabulary_is_kept(toy, train, tmp_path):
