@@ -27,7 +27,9 @@ def main() -> None:
     names = list_models(*arguments)
     if not names:
         raise ConfigError(f"no architecture matches {arguments[0]!r}: known: {', '.join(list_models())}")
-    table = Table("architecture", "what it is", title=f"Architectures (default sizes, vocabulary {VOCABULARY})")
+    table = Table(title=f"Architectures (default sizes, vocabulary {VOCABULARY})")
+    table.add_column("architecture", no_wrap=True)
+    table.add_column("what it is")
     for heading in ("parameters", f"state at {SHORT:,}", f"state at {LONG:,}", f"FLOPs/token at {SHORT:,}"):
         table.add_column(heading, justify="right")
     for name in names:
