@@ -141,6 +141,12 @@ def per_token(arch: str, short: int, long: int, rounds: int) -> dict:
     return {"arch": arch, "short": short, "long": long, "ratio": statistics.median(ratios), "rounds": len(ratios)}
 
 
+def write(path: Path, rows: list[dict], lengths: list[dict]) -> None:
+    """Writes what is measured so far: a slow peer that is cut short takes nothing with it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine_info(), "steps": rows, "per_token": lengths}, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
@@ -163,13 +169,12 @@ def main() -> None:
         speeds = [f"{row[key]:,.0f}" for key in ("tokens_per_second", "peer_tokens_per_second")]
         table.add_row(arch, peer, f"{length} x {batch}", *speeds, shown)
         print(json.dumps(row), flush=True)
+        write(args.out, rows, [])
     lengths = [] if args.only else [per_token("mamba", 1024, 32768, 5)]
     Console(width=140).print(table)
     for row in lengths:
         print(f"{row['arch']}: time per token at {row['long']} over {row['short']}: {row['ratio']:.3f}")
-    args.out.parent.mkdir(exist_ok=True)
-    result = {"machine": machine_info(), "steps": rows, "per_token": lengths}
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    write(args.out, rows, lengths)
 
 
 if __name__ == "__main__":
