@@ -163,7 +163,7 @@ PRESETS = {
         vocab_size=64,
         shuffle=True,
         random_fillers=False,
-        recipe=Recipe(max_steps=4_000, lr=2e-3),
+        recipe=Recipe(max_steps=5_000, lr=2e-3),
     ),
     # Figure 2 of arXiv 2312.04927: one line at a time, chosen by data.seq_len.
     "zoology_fig2": Preset(
