@@ -12,8 +12,9 @@ if __name__ == "kernels":
     from importlib.util import module_from_spec
     from pathlib import Path
 
-    _here = Path(__file__).resolve().parents[1]
-    _spec = PathFinder.find_spec("kernels", [entry for entry in sys.path if Path(entry).resolve() != _here])
+    # Only a checkout has that link; two of them may be on the path, one installed and one stood in.
+    _elsewhere = [entry for entry in sys.path if not Path(entry, "zoo", "kernels").is_symlink()]
+    _spec = PathFinder.find_spec("kernels", _elsewhere)
     if _spec is not None and _spec.loader is not None:
         sys.modules["kernels"] = module_from_spec(_spec)
         _spec.loader.exec_module(sys.modules["kernels"])
