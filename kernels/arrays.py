@@ -8,16 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def rows(x: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns a (B, T, D) tensor as a flat array and its strides over B and T: views need no copy."""
+def rows(x: Tensor, dtype: torch.dtype) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Returns a (..., D) tensor as a flat array and its strides over all but D: views need no copy."""
     if x.dtype != dtype:
         x = x.to(dtype)
-    if x.stride(2) != 1 and x.shape[2] > 1:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
+    strides = x.stride()[:-1]
     if x.is_contiguous():
-        return x.view(-1).numpy(), (x.stride(0), x.stride(1))
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, (*x.stride()[:2], 1), strict=True))
-    return x.as_strided((span,), (1,)).numpy(), (x.stride(0), x.stride(1))
+        return x.view(-1).numpy(), strides
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, (*strides, 1), strict=True))
+    return x.as_strided((span,), (1,)).numpy(), strides
 
 
 def flat(x: Tensor | None, dtype: torch.dtype, absent: int = 0) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoo.kernels.simd import LANES, absolute, exp, exp2, jit, load, sigmoid, softplus_and_slope, store, total
+from zoo.kernels.simd import LANES, absolute, exp, exp2, jit, load, sigmoid, softplus_and_slope, store, total, totals
 
 
 @jit
@@ -100,3 +100,17 @@ def test_total_of_magnitudes() -> None:
     out = np.empty(2, np.float32)
     run_total(x, out)
     np.testing.assert_array_equal(out, abs(x).reshape(2, LANES).sum(1))
+
+
+@jit
+def run_totals(x, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size // LANES):
+        store(out, i * LANES, totals(x, i * LANES * LANES))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_totals_of_many_vectors(dtype: Any) -> None:
+    x = np.random.default_rng(0).integers(-1000, 1000, (3 * LANES, LANES)).astype(dtype)
+    out = np.empty(3 * LANES, dtype)
+    run_totals(x.ravel(), out)
+    np.testing.assert_array_equal(out, x.sum(1))
