@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -65,3 +70,71 @@ def assert_close() -> Callable[..., None]:
                 assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"
 
     return compare
+
+
+@pytest.fixture
+def exact() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The same arguments in float64 on the CPU."""
+
+    def widen(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: x.detach().cpu().to(torch.float64 if x.is_floating_point() else x.dtype)
+            if isinstance(x, Tensor)
+            else x
+            for name, x in inputs.items()
+        }
+
+    return widen
+
+
+@pytest.fixture
+def run_interpreted() -> Callable[[str, int], None]:
+    """Runs a test file again, in a process whose Triton interprets; so many of its tests must pass there."""
+
+    def run(file: str, at_least: int) -> None:
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= at_least, done.stdout
+
+    return run
+
+
+class _HopperDriver:
+    """Tells Triton's launcher which device to compile for; nothing can run on it."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def compiled_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """From here on launches of the named kernels of a module only compile them for sm_90, and are listed."""
+
+    def watch(module: ModuleType, *names: str) -> list[Any]:
+        import triton
+
+        compiled: list[Any] = []
+
+        class Launcher(dict[Any, Any]):
+            def __init__(self, kernel: Any) -> None:
+                self.kernel = kernel
+
+            def __missing__(self, grid: tuple[int, ...]) -> Any:
+                return lambda *args, **options: compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+        monkeypatch.setattr(triton.runtime.driver, "_active", _HopperDriver())
+        for name in names:
+            monkeypatch.setattr(module, name, Launcher(getattr(module, name)))
+        return compiled
+
+    return watch
