@@ -24,6 +24,12 @@ else:
     from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
     from zoo.kernels.selective_scan.op import flops as selective_scan_flops
     from zoo.kernels.selective_scan.op import selective_scan
+    from zoo.kernels.ssd.op import flops as ssd_flops
+    from zoo.kernels.ssd.op import ssd
+    from zoo.kernels.wkv4.op import flops as wkv4_flops
+    from zoo.kernels.wkv4.op import wkv4
+    from zoo.kernels.wkv7.op import flops as wkv7_flops
+    from zoo.kernels.wkv7.op import wkv7
 
     __all__ = [
         "causal_conv1d",
@@ -31,5 +37,11 @@ else:
         "describe",
         "selective_scan",
         "selective_scan_flops",
+        "ssd",
+        "ssd_flops",
         "used",
+        "wkv4",
+        "wkv4_flops",
+        "wkv7",
+        "wkv7_flops",
     ]
