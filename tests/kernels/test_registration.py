@@ -17,6 +17,7 @@ from zoo.kernels import (
     causal_conv1d_flops,
     selective_scan,
     selective_scan_flops,
+    wkv7,
 )
 
 
@@ -45,9 +46,22 @@ def conv_inputs(dtype: torch.dtype = torch.float32, *, optionals: bool = True) -
     return {**inputs, "activation": "silu"}
 
 
+def wkv7_inputs(*, optionals: bool = True) -> dict[str, Any]:
+    B, T, H, K, V = 2, 37, 3, 5, 18
+    inputs = {name: torch.randn(B, T, H, V if name == "v" else K) / 3 for name in ("r", "w", "k", "v", "a", "b")}
+    inputs["w"] = -inputs["w"].abs()
+    if optionals:
+        inputs |= {"initial_state": torch.randn(B, H, V, K), "segment_ids": torch.arange(T).expand(B, T) // 10}
+    for x in inputs.values():
+        if x.is_floating_point():
+            x.requires_grad_()
+    return inputs
+
+
 OPERATORS = [
     pytest.param(selective_scan, scan_inputs, id="selective_scan"),
     pytest.param(causal_conv1d, conv_inputs, id="causal_conv1d"),
+    pytest.param(wkv7, wkv7_inputs, id="wkv7"),
 ]
 
 
