@@ -27,10 +27,11 @@ pytestmark = pytest.mark.parametrize("name", zoo.list_models())
 def make(name: str, **settings) -> zoo.Model:
     """A small model whose outputs have a scale worth comparing: published initialisations start almost silent."""
     torch.manual_seed(0)
-    model = zoo.create_model(name, **{"vocab_size": VOCAB, "d_model": 24, "n_layers": 2} | settings)
+    model = zoo.create_model(name, **{"vocab_size": VOCAB, "d_model": 24} | settings)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False):
+            marked = getattr(parameter, "_no_weight_decay", False)
+            if parameter.ndim >= 2 and not (marked and parameter.any()):
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model.eval()
 

@@ -109,6 +109,8 @@ def _bad_override(cause: OmegaConfBaseException) -> ZooError:
     group, _, key = full_key.rpartition(".")
     settings = cause.parent_node._metadata.object_type if cause.parent_node is not None else None
     hints = field_types(settings) if isinstance(settings, type) and settings is not dict else {}
+    if settings is dict:
+        return ConfigError(f"{group} is a mapping without {key!r}: a plus adds to it, as in +{full_key}...=...")
     if isinstance(cause, (ConfigAttributeError, ConfigKeyError)):
         known = set(hints) - {"defaults", "hydra", "name"} if group else [*_GROUPS, *field_types(RunConfig)]
         where = f"{group} has no setting {key!r}" if group else f"no setting {key!r}"

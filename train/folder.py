@@ -175,7 +175,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^\w.+-]+", "_", text)
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
 
 
 def _finite(value: Any) -> Any:

@@ -150,7 +150,7 @@ class SequenceModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the model's own decay groups, its schedule stepped once per optimiser step."""
         optimizer, scheduler = build_optimizer(
-            self.model, self.model.no_weight_decay(), self.optim, self.max_steps, fused=not self._gradients_are_scaled
+            self.model, self.optim, self.max_steps, fused=not self._gradients_are_scaled
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

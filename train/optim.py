@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from zoo.model import Model
 from zoo.settings import Settings, setting
 
 SCHEDULES = {
@@ -35,24 +37,25 @@ class OptimConfig(Settings):
     min_lr_ratio: float = setting(0.0, "final learning rate over lr", minimum=0, maximum=1)
 
 
-def parameter_groups(model: nn.Module, no_decay: set[str], weight_decay: float) -> list[dict[str, object]]:
-    """Splits the trainable parameters into one group that decays and one that does not.
-
-    Args:
-        model: The model.
-        no_decay: Names of the parameters that must not decay, as `Model.no_weight_decay` gives them.
-        weight_decay: Decay of the first group.
+def parameter_groups(model: Model, config: OptimConfig) -> list[dict[str, object]]:
+    """Splits the trainable parameters by weight decay and learning rate, as the mixers mark them.
 
     Returns:
-        Groups for a torch optimiser, the names of their parameters under "names"; empty groups are left out.
+        Groups for a torch optimiser, the names of their parameters under "names"; first those that decay and learn at
+        the common rate.
     """
-    groups: list[dict[str, object]] = []
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for decay, wanted in ((weight_decay, False), (0.0, True)):
-        names = [name for name in trainable if (name in no_decay) is wanted]
-        if names:
-            groups.append({"params": [trainable[n] for n in names], "names": names, "weight_decay": decay})
-    return groups
+    no_decay, scales = model.no_weight_decay(), model.learning_rate_scales()
+    assert config.lr is not None
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = (name in no_decay, scales.get(name, 1.0))
+        decay = 0.0 if name in no_decay else config.weight_decay
+        group = {"params": [], "names": [], "weight_decay": decay, "lr": config.lr * kind[1]}
+        groups.setdefault(kind, group)["params"].append(parameter)
+        groups[kind]["names"].append(name)
+    return [groups[kind] for kind in sorted(groups)]
 
 
 def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> float:
@@ -77,20 +80,17 @@ def learning_rate_factor(step: int, config: OptimConfig, max_steps: int) -> floa
     return 1 - (1 - floor) * progress
 
 
-def build_optimizer(
-    model: nn.Module, no_decay: set[str], config: OptimConfig, max_steps: int, *, fused: bool
-) -> tuple[AdamW, LambdaLR]:
+def build_optimizer(model: Model, config: OptimConfig, max_steps: int, *, fused: bool) -> tuple[AdamW, LambdaLR]:
     """AdamW over the parameter groups and its schedule.
 
     Args:
         model: The model.
-        no_decay: Names of the parameters that must not decay.
         config: Settings, with `lr` decided.
         max_steps: Length of the whole run.
         fused: One kernel for all parameters; not with a gradient scaler, which must unscale before clipping.
     """
     assert config.lr is not None
-    groups = parameter_groups(model, no_decay, config.weight_decay)
+    groups = parameter_groups(model, config)
     optimizer = AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)
     return optimizer, LambdaLR(optimizer, lambda step: learning_rate_factor(step, config, max_steps))
 

@@ -234,7 +234,13 @@ def _bytes_per_label(source: Source[Any]) -> dict[str, float]:
 
 def _defaults(config: TrainConfig, data_name: str) -> dict[str, dict[str, Any]]:
     classes = {"arch": architecture(config.arch).config, "data": get_data(data_name).config, "optim": OptimConfig}
-    return {group: {f.name: f.default for f in dataclasses.fields(cls)} for group, cls in classes.items()}
+    return {
+        group: {
+            f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            for f in dataclasses.fields(cls)
+        }
+        for group, cls in classes.items()
+    }
 
 
 def _headline(

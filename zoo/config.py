@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from zoo.settings import Settings, setting
 
 
@@ -15,4 +17,11 @@ class ModelConfig(Settings):
     d_model: int = setting(128, "width of the residual stream", minimum=1)
     n_layers: int = setting(2, "number of blocks", minimum=1)
     tie_embeddings: bool = setting(True, "the head shares the embedding's weights")
+    norm: str = setting("rms", "norms of the shell: rms (RMSNorm) or layer (LayerNorm)", choices=("rms", "layer"))
     norm_eps: float = setting(1e-5, "epsilon inside every norm of the shell", above=0)
+    embedding_norm: bool = setting(False, "one more norm, straight after the embedding")
+
+    def make_norm(self) -> nn.Module:
+        """A new norm over the residual stream."""
+        kind = nn.RMSNorm if self.norm == "rms" else nn.LayerNorm
+        return kind(self.d_model, eps=self.norm_eps)

@@ -31,6 +31,17 @@ class Mixer(nn.Module):
         """The residual sublayers of block number `layer`, in order. By default the mixer alone."""
         return [cls(config, layer)]
 
+    @classmethod
+    def init_shell(cls, config: Any, embedding: nn.Embedding, head: nn.Linear | None) -> None:
+        """Initialises the embedding and the head (None where they are tied). By default N(0, 0.02^2)."""
+        nn.init.normal_(embedding.weight, std=0.02)
+        if head is not None:
+            nn.init.normal_(head.weight, std=0.02)
+
+    shares = False
+    """Whether `forward` takes a fourth argument, `shared`: a dict that lives for one call of the model, in which a
+    layer leaves values of the same tokens for the layers above it (RWKV-7: the values of its first layer)."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
 
@@ -84,3 +95,9 @@ def no_weight_decay(*parameters: nn.Parameter) -> None:
     """Marks parameters that weight decay would harm; the optimiser groups honour the mark."""
     for parameter in parameters:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def scale_learning_rate(factor: float, *parameters: nn.Parameter) -> None:
+    """Marks parameters that learn at `factor` times the learning rate; the optimiser groups honour the mark."""
+    for parameter in parameters:
+        parameter._learning_rate_scale = factor  # type: ignore[attr-defined]

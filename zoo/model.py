@@ -42,16 +42,17 @@ class Block(nn.Module):
 
     def __init__(self, sublayers: list[Mixer], config: ModelConfig) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=config.norm_eps) for _ in sublayers)
+        self.norms = nn.ModuleList(config.make_norm() for _ in sublayers)
         self.mixers = nn.ModuleList(sublayers)
 
     def forward(
-        self, x: Tensor, states: tuple[Any, ...] | None, segment_ids: Tensor | None
+        self, x: Tensor, states: tuple[Any, ...] | None, segment_ids: Tensor | None, shared: dict[str, Tensor]
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """Maps (B, T, D) to (B, T, D); `states` holds one state per sublayer, or is None."""
+        """Maps (B, T, D) to (B, T, D); `states` holds one state per sublayer, or is None; `shared`: see `Mixer`."""
         next_states = []
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
-            update, next_state = mixer(norm(x), None if states is None else states[i], segment_ids)
+            more = (shared,) if mixer.shares else ()
+            update, next_state = mixer(norm(x), None if states is None else states[i], segment_ids, *more)
             x = x + update
             next_states.append(next_state)
         return x, None if states is None else tuple(next_states)
@@ -65,14 +66,13 @@ class Model(nn.Module):
         self.architecture = arch.name
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = config.make_norm() if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(arch.mixer.sublayers(config, layer), config) for layer in range(config.n_layers)
         )
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = config.make_norm()
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.02)
+        arch.mixer.init_shell(config, self.embedding, self.head)
 
     def forward(
         self, tokens: Tensor, state: ModelState | None = None, segment_ids: Tensor | None = None
@@ -92,10 +92,11 @@ class Model(nn.Module):
             self._check(tokens, state, segment_ids)
         if state is not None and segment_ids is not None:
             state = self._enter_segments(state, segment_ids[:, 0])
-        x = self.embedding(tokens)  # (B, T, D)
+        x = self.embedding_norm(self.embedding(tokens))  # (B, T, D)
+        shared: dict[str, Tensor] = {}
         next_layers = []
         for i, block in enumerate(self.blocks):
-            x, next_states = block(x, None if state is None else state.layers[i], segment_ids)
+            x, next_states = block(x, None if state is None else state.layers[i], segment_ids, shared)
             next_layers.append(next_states)
         logits = F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
         if state is None:
@@ -125,6 +126,10 @@ class Model(nn.Module):
                 if isinstance(module, exempt) or name.endswith("bias") or marked:
                     names.add(f"{prefix}.{name}" if prefix else name)
         return names
+
+    def learning_rate_scales(self) -> dict[str, float]:
+        """Parameters that do not learn at the common rate, as their mixers mark them: name -> factor."""
+        return {n: p._learning_rate_scale for n, p in self.named_parameters() if hasattr(p, "_learning_rate_scale")}
 
     def flops(self, seq_len: int) -> int:
         """Declared forward FLOPs (2 per multiply-add) for one sequence of `seq_len` tokens, head included."""

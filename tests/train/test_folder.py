@@ -28,6 +28,7 @@ def tree(seed: int = 0, **changes: object) -> dict:
     [
         (tree(), "mamba-mqar"),
         (tree(3), "mamba-mqar-s3"),
+        (tree(seq_len=[8, 16]), "mamba-mqar-seq_len8_16"),
         (tree(1, lr=0.003, seq_len=64), "mamba-mqar-seq_len64-lr0.003-s1"),
         (tree(2, seq_len="a/very long value" * 5), "mamba-mqar-s2"),
     ],

@@ -4,33 +4,55 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import zoo
 from zoo.kernels.errors import ConfigError
+from zoo.mixer import scale_learning_rate
 from zoo.train.optim import OptimConfig, build_optimizer, learning_rate_factor, parameter_groups
 
 
-def test_named_parameters_do_not_decay_and_all_others_do():
-    model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-    groups = parameter_groups(model, {"0.bias", "1.weight", "1.bias"}, 0.1)
-    assert [(g["names"], g["weight_decay"]) for g in groups] == [
-        (["0.weight"], 0.1),
-        (["0.bias", "1.weight", "1.bias"], 0.0),
-    ]
-    assert groups[0]["params"][0] is model[0].weight
+def small(**settings) -> zoo.Model:
+    return zoo.create_model("mamba", vocab_size=11, d_model=16, n_layers=1, **settings)
+
+
+def test_groups_split_by_decay_and_by_the_rates_that_mixers_mark():
+    model = small()
+    mixer = model.blocks[0].mixers[0]
+    scale_learning_rate(3, mixer.dt_proj.bias)
+    scale_learning_rate(0.5, mixer.in_proj.weight)
+    groups = parameter_groups(model, OptimConfig(lr=0.1, weight_decay=0.2))
+    found = {name: (g["weight_decay"], g["lr"]) for g in groups for name in g["names"]}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    odd = {"blocks.0.mixers.0.dt_proj.bias": (0, pytest.approx(0.3)), "blocks.0.mixers.0.in_proj.weight": (0.2, 0.05)}
+    for name, (decay, lr) in found.items():
+        assert (decay, lr) == odd.get(name, (0 if name in model.no_weight_decay() else 0.2, 0.1)), name
+    assert all(p is model.get_parameter(n) for g in groups for n, p in zip(g["names"], g["params"], strict=True))
+    assert (groups[0]["weight_decay"], groups[0]["lr"]) == (0.2, 0.05)
+
+
+def test_the_schedule_keeps_the_ratio_of_the_rates():
+    model = small()
+    scale_learning_rate(2, model.blocks[0].mixers[0].A_log)
+    config = OptimConfig(lr=0.5, warmup_steps=0)
+    optimizer, scheduler = build_optimizer(model, config, 10, fused=False)
+    for step in range(1, 4):
+        optimizer.step()
+        scheduler.step()
+        rate = 0.5 * learning_rate_factor(step, config, 10)
+        assert {round(g["lr"] / rate, 9) for g in optimizer.param_groups} == {1.0, 2.0}
 
 
 def test_frozen_parameters_are_in_no_group():
-    model = nn.Linear(2, 2)
-    model.weight.requires_grad_(False)
-    assert [g["names"] for g in parameter_groups(model, {"bias"}, 0.1)] == [["bias"]]
+    model = small()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "norm.weight")
+    assert [g["names"] for g in parameter_groups(model, OptimConfig(lr=1))] == [["norm.weight"]]
 
 
 @pytest.mark.parametrize("arch", zoo.list_models())
 def test_every_parameter_is_in_one_group_and_what_must_not_decay_does_not(arch):
     model = zoo.create_model(arch, vocab_size=11, d_model=16, n_layers=1)
-    optimizer, _ = build_optimizer(model, model.no_weight_decay(), OptimConfig(lr=1e-3), 10, fused=True)
+    optimizer, _ = build_optimizer(model, OptimConfig(lr=1e-3), 10, fused=True)
     decays = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["names"]}
     assert decays.keys() == dict(model.named_parameters()).keys()
     exempt = ("bias", "norm", "embedding", "A_log", ".D")
@@ -38,7 +60,7 @@ def test_every_parameter_is_in_one_group_and_what_must_not_decay_does_not(arch):
         shape = model.get_parameter(name).shape
         if any(part in name for part in exempt):
             assert decay == 0, name
-        elif len(shape) == 2:
+        elif len(shape) == 2 and name not in model.no_weight_decay():
             assert decay == 0.1, name
 
 
@@ -100,14 +122,14 @@ def test_bad_settings_are_one_line(settings, line):
 
 
 def test_the_optimiser_uses_the_settings():
-    model = nn.Linear(2, 2)
+    model = small()
     config = OptimConfig(lr=0.5, beta1=0.8, beta2=0.9, eps=1e-6, warmup_steps=0)
-    optimizer, scheduler = build_optimizer(model, set(), config, 10, fused=False)
+    optimizer, scheduler = build_optimizer(model, config, 10, fused=False)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (0.5, (0.8, 0.9), 1e-6)
-    before = model.weight.detach().clone()
-    model(torch.ones(1, 2)).sum().backward()
+    before = model.norm.weight.detach().clone()
+    model(torch.ones(1, 2, dtype=torch.long)).logits.square().sum().backward()
     optimizer.step()
     scheduler.step()
-    assert not torch.equal(before, model.weight)
+    assert not torch.equal(before, model.norm.weight)
     assert group["lr"] == pytest.approx(0.5 * learning_rate_factor(1, config, 10))

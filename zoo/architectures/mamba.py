@@ -13,33 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.config import ModelConfig
-from zoo.kernels import selective_scan
-from zoo.kernels.causal_conv1d import flops as causal_conv1d_flops
-from zoo.kernels.selective_scan import flops as selective_scan_flops
+from zoo.kernels import selective_scan, selective_scan_flops
 from zoo.layers.short_convolution import ShortConvolution
+from zoo.layers.state_space import StateSpaceConfig
 from zoo.mixer import Mixer, no_weight_decay
 from zoo.registry import register
 from zoo.settings import setting
 
 
 @dataclass(kw_only=True)
-class MambaConfig(ModelConfig):
+class MambaConfig(StateSpaceConfig):
     """Settings of Mamba; the defaults are the published ones."""
 
     d_state: int = setting(16, "state size N per channel", minimum=1)
-    d_conv: int = setting(4, "taps of the short convolution", minimum=1)
-    expand: int = setting(2, "inner width over d_model", minimum=1)
     dt_rank: int | None = setting(None, "rank of the step size's projection; null: ceil(d_model / 16)", minimum=1)
-    dt_min: float = setting(1e-3, "smallest initial step size", above=0)
-    dt_max: float = setting(1e-1, "largest initial step size", above=0)
-    dt_floor: float = setting(1e-4, "no initial step size lies below this", above=0)
-    backend: str = setting("auto", "kernel backend: auto, or one that `python -m zoo.kernels` lists")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dt_max < self.dt_min:
-            self.fail("dt_max", f"expected at least dt_min={self.dt_min:g}")
 
 
 class MambaState(NamedTuple):
@@ -62,24 +49,17 @@ class Mamba(Mixer):
         self.splits = [dt_rank, config.d_state, config.d_state]
         self.backend = config.backend
         self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)  # convolved branch first, then the gate
-        self.conv = ShortConvolution(d_inner, config.d_conv)
+        self.conv = ShortConvolution(d_inner, config.d_conv, config.short_conv)
         self.x_proj = nn.Linear(d_inner, sum(self.splits), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1, config.d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
         no_weight_decay(self.A_log, self.D, self.dt_proj.bias)
-        self._init_step_size(config, dt_rank)
-        with torch.no_grad():
-            self.out_proj.weight /= math.sqrt(config.n_layers)
-
-    def _init_step_size(self, config: MambaConfig, dt_rank: int) -> None:
-        """Step sizes start log-uniform in [dt_min, dt_max]; the bias is the inverse softplus of them."""
         nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-        low, high = math.log(config.dt_min), math.log(config.dt_max)
-        dt = torch.empty(self.dt_proj.out_features).uniform_(low, high).exp().clamp(min=config.dt_floor)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.dt_proj.bias.copy_(config.step_size_bias(d_inner))
+            self.out_proj.weight /= math.sqrt(config.n_layers)
 
     def forward(
         self, x: Tensor, state: MambaState | None = None, segment_ids: Tensor | None = None
@@ -111,11 +91,9 @@ class Mamba(Mixer):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> MambaState:
         """Zeros."""
-        d_inner, d_state = self.A_log.shape
-        taps = self.conv.weight.shape[1]
         return MambaState(
-            torch.zeros(batch_size, taps - 1, d_inner, device=device, dtype=dtype),
-            torch.zeros(batch_size, d_inner, d_state, device=device, dtype=torch.float32),
+            self.conv.init_state(batch_size, device, dtype),
+            torch.zeros(batch_size, *self.A_log.shape, device=device, dtype=torch.float32),
         )
 
     def flops(self, seq_len: int) -> int:
@@ -124,10 +102,10 @@ class Mamba(Mixer):
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         return (
             2 * seq_len * sum(projection.weight.numel() for projection in projections)
-            + causal_conv1d_flops(1, seq_len, d_inner, self.conv.weight.shape[1])
+            + self.conv.flops(seq_len)
             + selective_scan_flops(1, seq_len, d_inner, d_state)
         )
 
     def state_size(self, seq_len: int) -> int:
         """E (K - 1 + N), whatever the length."""
-        return self.conv.weight[:, 1:].numel() + self.A_log.numel()
+        return self.conv.state_size() + self.A_log.numel()
