@@ -3,14 +3,15 @@
     python benchmarks/compile_triton.py          # writes benchmarks/results/triton_sm90.json
 
 What counts for speed and can be read off the machine code: registers per thread and the programs that therefore fit on
-one multiprocessor, bytes of local memory, accesses to it inside loops (spills that cost time), and per group of 4 steps
-and 16 channels the instructions, those of the special function unit (exp2, reciprocals), shuffles and vectorised loads.
-These are counts, not times.
+one multiprocessor, bytes of local memory, accesses to it inside loops (spills that cost time), and per turn of a loop
+(one step of 16 channels; in the selective scan 4 steps) the instructions, those of the special function unit (exp2,
+reciprocals), shuffles and vectorised loads. These are counts, not times.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -24,12 +25,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from zoo.kernels.selective_scan import triton_backend, triton_kernels
-
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SM_REGISTERS, SM_WARPS, SM_PROGRAMS = 65536, 64, 32  # of one Hopper multiprocessor
-ACTIVATIONS = {"x", "u", "dt", "z", "dy", "y", "du", "ddt", "dz"}  # the others are float32 when they reach a kernel
+ACTIVATIONS = {  # the other tensors are float32 when they reach a kernel
+    "selective_scan": {"x", "u", "dt", "z", "dy", "y", "du", "ddt", "dz"},
+    "wkv7": {"r", "w", "k", "v", "a", "b", "dy", "y", "dv"},
+}
+SIZES = ("D", "H", "V", "slab_rows")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,24 @@ class Variant:
     d_state: int = 16
     softplus: bool = True
     reverse: bool | None = None
+    operator: str = "selective_scan"
+
+    @property
+    def kernels(self) -> Any:
+        """The module with the operator's kernels."""
+        return importlib.import_module(f"zoo.kernels.{self.operator}.triton_kernels")
+
+    def launch_arguments(self) -> dict[str, Any]:
+        """What the backend gives its kernels by name."""
+        backend = importlib.import_module(f"zoo.kernels.{self.operator}.triton_backend")
+        named: dict[str, Any] = backend.launch_arguments(self.d_state, self.softplus)
+        return named if self.reverse is None else named | {"REVERSE": self.reverse}
 
     @property
     def title(self) -> str:
         """Names the variant in the table, by what it has beyond the bare recurrence."""
         words = [self.kernel, self.dtype, f"N={self.d_state}"] + ["reversed"] * bool(self.reverse)
-        arguments = getattr(triton_kernels, f"{self.kernel}_kernel").arg_names
+        arguments = getattr(self.kernels, f"{self.kernel}_kernel").arg_names
         words += [f"+{word}" for word, name in PARTS.items() if name in arguments and name not in self.absent]
         return " ".join(words)
 
@@ -79,6 +94,45 @@ VARIANTS = [
 ]
 
 
+@dataclass(frozen=True)
+class Wkv7Variant(Variant):
+    """The same for wkv7, whose state per value channel is the K key channels of a head."""
+
+    d_state: int = 64
+    operator: str = "wkv7"
+
+    @property
+    def title(self) -> str:
+        """As above, with the operator's name, because kernels are called alike."""
+        return "wkv7 " + super().title.replace("N=", "K=")
+
+    def launch_arguments(self) -> dict[str, Any]:
+        """As above; there is no softplus."""
+        backend = importlib.import_module("zoo.kernels.wkv7.triton_backend")
+        named: dict[str, Any] = backend.launch_arguments(self.d_state)
+        return named
+
+
+WKV7_VARIANTS = [
+    *(
+        Wkv7Variant(kernel, dtype, absent)
+        for dtype in ("bf16", "fp32")
+        for kernel, absent in (
+            ("forward", ("checkpoints", "segment_ids")),
+            ("forward", ("segment_ids",)),
+            ("forward", ()),
+            ("backward", ("segment_ids",)),
+            ("backward", ()),
+        )
+    ),
+    *(
+        Wkv7Variant(kernel, absent=("segment_ids",), d_state=keys)
+        for keys in (32, 128)
+        for kernel in ("forward", "backward")
+    ),
+]
+
+
 @dataclass
 class Report:
     """What the compiler made of one variant. Loops are innermost loops, in the order of the code."""
@@ -92,24 +146,23 @@ class Report:
 
 
 def compile_variant(variant: Variant) -> Report:
-    """Compiles for D = 2048, or any other width that is a multiple of 16, and contiguous or strided inputs."""
-    kernel = getattr(triton_kernels, f"{variant.kernel}_kernel")
-    named = triton_backend.launch_arguments(variant.d_state, variant.softplus)
+    """Compiles for channels (not heads) in multiples of 16, say D = 2048, and contiguous or strided inputs."""
+    kernels = variant.kernels
+    kernel = getattr(kernels, f"{variant.kernel}_kernel")
+    named = variant.launch_arguments()
     options = {name: named.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    if variant.reverse is not None:
-        named["REVERSE"] = variant.reverse
     constants = named | dict.fromkeys(variant.absent)
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in (*triton_kernels.LENGTHS, "D") or name.endswith(("_row", "_batch")):
+        elif name in (*kernels.LENGTHS, *SIZES) or name.endswith(("_row", "_batch", "_head")):
             signature[name] = "i32"
         else:
-            signature[name] = {True: f"*{variant.dtype}", False: "*fp32"}[name in ACTIVATIONS]
+            signature[name] = {True: f"*{variant.dtype}", False: "*fp32"}[name in ACTIVATIONS[variant.operator]]
     if "segment_ids" in signature and "segment_ids" not in constants:
         signature["segment_ids"] = "*i64"
-    unspecialised = (*triton_kernels.LENGTHS, *triton_kernels.UNALIGNED)
+    unspecialised = (*kernels.LENGTHS, *getattr(kernels, "UNALIGNED", ()), "H")
     aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in unspecialised]
     position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -184,7 +237,7 @@ def main() -> None:
 
     table = Table("variant", "registers", "local bytes", "in loops", "shared", "programs / SM", "main loop", "SFU")
     rows: list[dict[str, Any]] = []
-    for variant in VARIANTS:
+    for variant in (*VARIANTS, *WKV7_VARIANTS):
         report = compile_variant(variant)
         main_loop = max(report.loops, key=lambda loop: loop["instructions"])
         numbers = (report.registers, report.local_bytes, report.local_accesses_in_loops, report.shared_bytes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -138,3 +140,16 @@ def compiled_launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any
         return compiled
 
     return watch
+
+
+@pytest.fixture(scope="session")
+def compile_triton() -> ModuleType:
+    """The benchmark that compiles the Triton kernels for sm_90: the tests look at the variants that it prints."""
+    path = Path(__file__).parents[2] / "benchmarks" / "compile_triton.py"
+    spec = importlib.util.spec_from_file_location("compile_triton", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_triton"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

@@ -7,12 +7,10 @@ D channels, N state size.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,24 +170,11 @@ def test_in_the_interpreter() -> None:
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 22, done.stdout
 
 
-def _compile_triton() -> Any:
-    """The benchmark's module: it compiles the same variants and prints them."""
-    path = Path(__file__).parents[2] / "benchmarks" / "compile_triton.py"
-    spec = importlib.util.spec_from_file_location("compile_triton", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compile_triton"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
-def test_compile_for_hopper_without_spills() -> None:
+def test_compile_for_hopper_without_spills(compile_triton: Any) -> None:
     """No GPU needed. Local memory inside a loop would be spilled registers, which the loop would wait for."""
-    module = _compile_triton()
-    for variant in (x for x in module.VARIANTS if x.dtype == "bf16" and x.d_state == 16 and x.softplus):
-        report = module.compile_variant(variant)
+    for variant in (x for x in compile_triton.VARIANTS if x.dtype == "bf16" and x.d_state == 16 and x.softplus):
+        report = compile_triton.compile_variant(variant)
         assert report.local_accesses_in_loops == 0, variant.title
         assert report.local_bytes <= 64, variant.title
         assert report.programs_per_multiprocessor >= 8, variant.title  # two per scheduler, so that one can wait
