@@ -30,7 +30,8 @@ LOG2_E = 1 / math.log(2)
 FLAGS = ("contract",)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(FLAGS)}
 
-_DIGEST = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+_BELOW = [Path(__file__), Path(__file__).with_name("matrix.py")]
+_DIGEST = f"{zlib.crc32(b''.join(path.read_bytes() for path in _BELOW)):08x}"
 
 inlined = njit(**OPTIONS, forceinline=True)
 """Decorates a helper of a kernel's inner loop."""
@@ -38,8 +39,8 @@ inlined = njit(**OPTIONS, forceinline=True)
 
 def jit(function: Any) -> Any:
     """Decorates a kernel: compiled at its first call, then kept on disk."""
-    # Numba's cache watches the kernel's own file alone; under a name with this file's digest the kernel is compiled
-    # again when the vectors change below it.
+    # Numba's cache watches the kernel's own file alone; under a name with these files' digest the kernel is compiled
+    # again when the vectors and small matrices change below it.
     function.__qualname__ += f"_{_DIGEST}"
     return njit(**OPTIONS, cache=True)(function)
 

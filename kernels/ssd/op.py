@@ -77,10 +77,10 @@ backends.register(
     "ssd",
     [
         backends.Backend("cuda", _why_not_cuda),
-        backends.Backend("torch", lambda device_type, features: None),
         # numba stands before triton because a CPU can have both: under its interpreter Triton is only for tests.
         backends.Backend("numba", _why_not_numba),
         backends.Backend("triton", _why_not_triton),
+        backends.Backend("torch", lambda device_type, features: None),
         backends.Backend("reference", lambda device_type, features: None),
     ],
 )

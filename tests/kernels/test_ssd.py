@@ -291,7 +291,7 @@ def test_long_sequences(backend: str, all_gradients: Any, assert_close: Any) -> 
     results = all_gradients(ssd, inputs, backend=backend)
     expected = all_gradients(ssd, exact(inputs), backend="torch")  # a loop over so many steps takes minutes
     assert all(x.isfinite().all() for x in results.values())
-    assert_close(results, expected, 5e-5)  # sums of 65,536 terms of either sign in float32
+    assert_close(results, expected, 5e-4)  # dA, one sum of 65,536 terms of either sign, cancels to a hundredth
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
