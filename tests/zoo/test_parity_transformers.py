@@ -1,10 +1,21 @@
 """Logits, loss and every gradient against `transformers`, with copied random weights: an oracle nobody here wrote."""
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import zoo
 
@@ -21,6 +32,16 @@ MAMBA_SIZES = {
     "plain": {"d_model": 32},
     "odd sizes": {"d_model": 21, "d_state": 5, "d_conv": 3, "expand": 3, "dt_rank": 7, "n_layers": 3},
     "untied": {"d_model": 24, "d_state": 8, "tie_embeddings": False},
+}
+MAMBA2_SIZES = {
+    "plain": {"d_model": 32, "d_state": 16, "head_dim": 8},
+    "odd sizes": {"d_model": 21, "d_state": 5, "d_conv": 3, "expand": 3, "head_dim": 7, "n_groups": 3, "n_layers": 3},
+    "untied, step sizes limited": {"d_model": 24, "d_state": 8, "tie_embeddings": False}
+    | {"dt_limit_min": 0.02, "dt_limit_max": 1.0},
+}
+RWKV4_SIZES = {
+    "plain": {"d_model": 32},
+    "odd sizes": {"d_model": 21, "d_ff": 50, "n_layers": 3},
 }
 
 
@@ -103,7 +124,84 @@ def mamba(ours: zoo.Model) -> tuple[nn.Module, dict[str, str]]:
     return theirs, names
 
 
-def ours_for(source, tensors: dict[str, Tensor], like: Tensor) -> Tensor:
+def mamba2(ours: zoo.Model) -> tuple[nn.Module, dict[str, str]]:
+    c = ours.config
+    theirs = Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            num_hidden_layers=c.n_layers,
+            state_size=c.d_state,
+            conv_kernel=c.d_conv,
+            expand=c.expand,
+            num_heads=c.n_heads,
+            head_dim=c.d_inner // c.n_heads,
+            n_groups=c.n_groups,
+            time_step_limit=(c.dt_limit_min, c.dt_limit_max),
+            layer_norm_epsilon=c.norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
+            use_cache=False,
+        )
+    )
+    names = {"backbone.embeddings.weight": "embedding.weight", "backbone.norm_f.weight": "norm.weight"}
+    if not c.tie_embeddings:
+        names["lm_head.weight"] = "head.weight"
+    for i in range(c.n_layers):
+        block, layer = f"blocks.{i}.mixers.0", f"backbone.layers.{i}"
+        names[f"{layer}.norm.weight"] = f"blocks.{i}.norms.0.weight"
+        for part in ("in_proj.weight", "dt_bias", "A_log", "D", "out_proj.weight"):
+            names[f"{layer}.mixer.{part}"] = f"{block}.{part}"
+        names[f"{layer}.mixer.norm.weight"] = f"{block}.norm_weight"
+        names[f"{layer}.mixer.conv1d.weight"] = f"{block}.conv.weight"
+        names[f"{layer}.mixer.conv1d.bias"] = f"{block}.conv.bias"
+    return theirs, names
+
+
+def rwkv4(ours: zoo.Model) -> tuple[nn.Module, dict[str, Any]]:
+    c = ours.config
+    theirs = RwkvForCausalLM(
+        RwkvConfig(
+            vocab_size=c.vocab_size,
+            context_length=4096,
+            hidden_size=c.d_model,
+            num_hidden_layers=c.n_layers,
+            intermediate_size=c.d_ff or 4 * c.d_model,
+            layer_norm_epsilon=c.norm_eps,
+            tie_word_embeddings=c.tie_embeddings,
+            use_cache=False,
+        )
+    )
+    theirs.train()  # in evaluation it rescales its weights in place
+    names: dict[str, Any] = {"rwkv.embeddings.weight": "embedding.weight", "head.weight": "head.weight"}
+    norms = {"rwkv.blocks.0.pre_ln": "embedding_norm", "rwkv.ln_out": "norm"}
+    for i in range(c.n_layers):
+        block, layer = f"blocks.{i}.mixers", f"rwkv.blocks.{i}"
+        norms |= {f"{layer}.ln1": f"blocks.{i}.norms.0", f"{layer}.ln2": f"blocks.{i}.norms.1"}
+        for part in ("time_decay", "time_first"):
+            names[f"{layer}.attention.{part}"] = f"{block}.0.{part}"
+        for part in ("key", "value", "receptance", "output"):
+            names[f"{layer}.attention.{part}.weight"] = f"{block}.0.{part}.weight"
+        for part in ("key", "value", "receptance"):
+            names[f"{layer}.feed_forward.{part}.weight"] = f"{block}.1.{part}.weight"
+        for row, part in enumerate(("key", "value", "receptance")):
+            names[f"{layer}.attention.time_mix_{part}"] = Kept(f"{block}.0.shift.mu", row)
+        for row, part in enumerate(("key", "receptance")):
+            names[f"{layer}.feed_forward.time_mix_{part}"] = Kept(f"{block}.1.shift.mu", row)
+    return theirs, names | {f"{a}.{kind}": f"{b}.{kind}" for a, b in norms.items() for kind in ("weight", "bias")}
+
+
+class Kept(NamedTuple):
+    """Their share of the current token, where ours is that of the previous one."""
+
+    name: str
+    row: int
+
+
+def ours_for(source, tensors: dict[str, Tensor], like: Tensor, gradient: bool = False) -> Tensor:
+    """Our tensor in the shape of theirs; `source` is a name, or one with rows."""
+    if isinstance(source, Kept):
+        share = tensors[source.name][source.row].reshape(like.shape)
+        return -share if gradient else 1 - share
     name, rows = source if isinstance(source, tuple) else (source, slice(None))
     return tensors[name][rows].reshape(like.shape)
 
@@ -114,6 +212,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 CASES = [("transformer", llama, size) for size in LLAMA_SIZES.items()]
 CASES += [("mamba", mamba, size) for size in MAMBA_SIZES.items()]
+CASES += [("mamba2", mamba2, size) for size in MAMBA2_SIZES.items()]
+CASES += [("rwkv4", rwkv4, size) for size in RWKV4_SIZES.items()]
 
 
 @pytest.mark.parametrize("time", [1, 63, 130])
@@ -144,8 +244,9 @@ def test_logits_loss_and_gradients(name, build, size, time) -> None:
     expected_loss.backward()
     grads = {n: p.grad for n, p in weights.items()}
     for parameter, source in sources.items():
-        expected_grad = theirs.get_parameter(parameter).grad
-        actual = ours_for(source, grads, expected_grad)
+        target = theirs.get_parameter(parameter)
+        expected_grad = torch.zeros_like(target) if target.grad is None else target.grad
+        actual = ours_for(source, grads, expected_grad, gradient=True)
         if expected_grad.abs().max() < 1e-6:  # a lone token has nothing to attend to: rounding noise
             assert time == 1
             assert actual.abs().max() < 1e-6
