@@ -232,6 +232,17 @@ def test_infinity_stays_in_its_document() -> None:
     torch.testing.assert_close(wkv4(**inputs)[0][:, 4:], clean[:, 4:])
 
 
+def test_an_infinite_gradient_stays_in_its_document() -> None:
+    inputs = make(1, 10, 4)
+    inputs["segment_ids"] = torch.tensor([[0] * 4 + [1] * 6])
+    leaves = [inputs[name].requires_grad_() for name in ("k", "v")]
+    dy = torch.ones(1, 10, 4, dtype=torch.float64)
+    dy[0, 7] = torch.inf
+    for gradient in torch.autograd.grad(wkv4(**inputs)[0], leaves, dy):
+        assert gradient[:, :4].isfinite().all()
+        assert not gradient[:, 4:7].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["k", "v"])
