@@ -2,8 +2,10 @@
 
 A step is forward, cross-entropy, backward and a fused AdamW update in fp32. Peers with the same parametrisation get the
 zoo's weights and must give the same loss before anything is timed; mambapy has the same shapes and its own weights.
+Peak memory is that of one step beyond weights and optimiser state, each model in a process of its own.
 
-    python benchmarks/train_step.py            # writes benchmarks/results/train_step.json
+    python benchmarks/train_step.py                    # writes benchmarks/results/train_step.json
+    python benchmarks/train_step.py --only rwkv4       # measures these rows again, keeps the others
 """
 
 from __future__ import annotations
@@ -23,11 +25,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
-from zoo.eval.measure import machine_info
+from zoo.eval.measure import machine_info, peak_memory_bytes
 
 HERE = Path(__file__).parent
 VOCABULARY, SIZE = 1000, {"d_model": 256, "n_layers": 4}
 SHAPES = [(512, 4), (2048, 2), (8192, 1)]  # tokens per row, rows
+LLAMA, MAMBAPY = "transformers LlamaForCausalLM (SDPA)", "mambapy"
+PEERS = {LLAMA: "llama", "transformers MambaForCausalLM": "mamba"}
+PEERS |= {"transformers Mamba2ForCausalLM": "mamba2", "transformers RwkvForCausalLM": "rwkv4"}
+OURS = "the zoo's transformer"
+PLAN = [("transformer", LLAMA, shape) for shape in SHAPES]
+PLAN += [("mamba", MAMBAPY, shape) for shape in SHAPES[:2]]
+PLAN += [("mamba2", "transformers Mamba2ForCausalLM", shape) for shape in SHAPES]
+PLAN += [(arch, OURS, shape) for arch in ("mamba", "mamba2", "rwkv4", "rwkv7") for shape in SHAPES]
+PLAN += [("rwkv4", "transformers RwkvForCausalLM", shape) for shape in SHAPES]
+PLAN += [("mamba", "transformers MambaForCausalLM", SHAPES[0])]  # the slowest last
+RECURRENT = ("mamba", "mamba2", "rwkv4", "rwkv7")
+QUESTION = ("arch", "peer", "length", "rows", "short", "long", "early", "late")
+MEMORY = ("peak_memory_bytes", "peer_peak_memory_bytes")
 
 
 def peers_module():
@@ -55,9 +70,9 @@ class MambaPy(nn.Module):
         return F.linear(self.norm(self.layers(self.embedding(tokens))), self.embedding.weight)
 
 
-def stepper(model: nn.Module, tokens: Tensor) -> Callable[[], float]:
+def stepper(model: nn.Module, tokens: Tensor, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], float]:
     """One training step on those tokens; returns the loss before the update."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
         logits = model(tokens)
@@ -94,27 +109,42 @@ def copied(ours: zoo.Model, build: Callable) -> nn.Module:
         for name, source in sources.items():
             target = theirs.get_parameter(name)
             target.copy_(parity.ours_for(source, weights, target))
-    return theirs
+    return theirs.train()
+
+
+def our_model(arch: str) -> zoo.Model:
+    torch.manual_seed(0)
+    d_ff = {"d_ff": 688, "n_heads": 4} if arch == "transformer" else {}
+    return zoo.create_model(arch, vocab_size=VOCABULARY, **SIZE, **d_ff)
+
+
+def peer_model(arch: str, peer: str) -> nn.Module:
+    if peer == OURS:
+        return our_model("transformer")
+    return MambaPy() if peer == MAMBAPY else copied(our_model(arch), getattr(peers_module(), PEERS[peer]))
+
+
+def prepare(arch: str, peer: str | None, length: int, rows: int) -> Callable[[], float]:
+    """For the memory measurement: a short step first, so that code is compiled and the optimiser has its state."""
+    model = our_model(arch) if peer is None else peer_model(arch, peer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    stepper(model, torch.randint(VOCABULARY, (1, 16)), optimizer)()
+    return stepper(model, torch.randint(VOCABULARY, (rows, length)), optimizer)
 
 
 def compare(arch: str, peer: str, length: int, rows: int, rounds: int, seconds: float) -> dict:
     """One row of the table."""
-    torch.manual_seed(0)
-    d_ff = {"d_ff": 688, "n_heads": 4} if arch == "transformer" else {}
-    ours = zoo.create_model(arch, vocab_size=VOCABULARY, **SIZE, **d_ff)
-    if peer == "mambapy":
-        theirs: nn.Module = MambaPy()
-        assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
-    else:
-        theirs = copied(ours, getattr(peers_module(), "llama" if arch == "transformer" else "mamba"))
+    ours, theirs = our_model(arch), peer_model(arch, peer)
     tokens = torch.randint(VOCABULARY, (rows, length))
     steps = {"ours": stepper(ours, tokens), "theirs": stepper(theirs, tokens)}
-    if peer != "mambapy":  # the gate: the same function, or no timing
+    if peer == MAMBAPY:
+        assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    elif peer != OURS:  # the gate: the same function, or no timing
         losses = {name: step() for name, step in steps.items()}
         assert abs(losses["ours"] / losses["theirs"] - 1) < 1e-4, losses
     times = in_turn(steps, rounds, seconds)
     ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
-    return {
+    row = {
         "arch": arch,
         "peer": peer,
         "length": length,
@@ -126,12 +156,15 @@ def compare(arch: str, peer: str, length: int, rows: int, rounds: int, seconds: 
         "ratio_max": max(ratios),
         "rounds": len(ratios),
     }
+    if peer != OURS:
+        row["peak_memory_bytes"] = peak_memory_bytes(prepare, arch, None, length, rows)
+        row["peer_peak_memory_bytes"] = peak_memory_bytes(prepare, arch, peer, length, rows)
+    return row
 
 
 def per_token(arch: str, short: int, long: int, rounds: int) -> dict:
     """Time per token of a training step at a long and a short length; the short one runs as many tokens."""
-    torch.manual_seed(0)
-    model = zoo.create_model(arch, vocab_size=VOCABULARY, **SIZE)
+    model = our_model(arch)
     steps = {
         "long": stepper(model, torch.randint(VOCABULARY, (1, long))),
         "short": stepper(model, torch.randint(VOCABULARY, (long // short, short))),
@@ -141,40 +174,77 @@ def per_token(arch: str, short: int, long: int, rounds: int) -> dict:
     return {"arch": arch, "short": short, "long": long, "ratio": statistics.median(ratios), "rounds": len(ratios)}
 
 
-def write(path: Path, rows: list[dict], lengths: list[dict]) -> None:
-    """Writes what is measured so far: a slow peer that is cut short takes nothing with it."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine_info(), "steps": rows, "per_token": lengths}, indent=2) + "\n")
+def decoding(arch: str, early: int = 100, late: int = 100_000, steps: int = 200) -> dict:
+    """Time of one decoding step late in a text over that of an early one."""
+    model, token = our_model(arch).eval(), torch.randint(VOCABULARY, (1, 1))
+    seconds: dict[int, list[float]] = {}
+    with torch.no_grad():
+        states = {}
+        for position in (early, late):
+            state = model.init_state(1)
+            for piece in torch.randint(VOCABULARY, (1, position)).split(10_000, dim=1):
+                state = model(piece, state=state).state
+            states[position] = state
+        for turn in range(steps + 10):
+            for position in (early, late) if turn % 2 else (late, early):
+                begun = time.perf_counter()
+                states[position] = model(token, state=states[position]).state
+                if turn >= 10:
+                    seconds.setdefault(position, []).append(time.perf_counter() - begun)
+    medians = {position: statistics.median(values) for position, values in seconds.items()}
+    return {
+        "arch": arch,
+        "early": early,
+        "late": late,
+        "seconds": medians[late],
+        "ratio": medians[late] / medians[early],
+    }
+
+
+def show(results: dict[str, list[dict]]) -> None:
+    table = Table("architecture", "peer", "tokens", "ours tok/s", "peer tok/s", "ratio (min..max)", "MiB ours / peer")
+    for row in results["steps"]:
+        ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}..{row['ratio_max']:.2f})"
+        speeds = [f"{row[key]:,.0f}" for key in ("tokens_per_second", "peer_tokens_per_second")]
+        memory = " / ".join(f"{row[key] / 2**20:,.0f}" for key in MEMORY if key in row)
+        table.add_row(row["arch"], row["peer"], f"{row['length']} x {row['rows']}", *speeds, ratio, memory)
+    Console(width=160).print(table)
+    for row in results["per_token"]:
+        print(f"{row['arch']}: time per token at {row['long']:,} over {row['short']:,}: {row['ratio']:.3f}")
+    for row in results["decoding"]:
+        at = f"at position {row['late']:,} over {row['early']:,}"
+        print(f"{row['arch']}: one decoding step {1e3 * row['seconds']:.2f} ms, {at}: {row['ratio']:.3f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60, help="per comparison, beyond its second round")
-    parser.add_argument("--only", help="run the comparisons whose peer has this in its name")
+    parser.add_argument("--only", default="", help="measure the rows that have this in 'ARCH against PEER'")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "train_step.json")
     args = parser.parse_args()
 
-    pairs = [("transformer", "transformers LlamaForCausalLM (SDPA)", shape) for shape in SHAPES]
-    pairs += [("mamba", "mambapy", shape) for shape in SHAPES[:2]]
-    pairs += [("mamba", "transformers MambaForCausalLM", SHAPES[0])]
-    table = Table("architecture", "peer", "tokens", "ours tok/s", "peer tok/s", "ratio (min..max)")
-    rows = []
-    for arch, peer, (length, batch) in pairs:
-        if args.only and args.only not in peer:
-            continue
-        row = compare(arch, peer, length, batch, args.rounds, args.seconds)
-        rows.append(row)
-        shown = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}..{row['ratio_max']:.2f})"
-        speeds = [f"{row[key]:,.0f}" for key in ("tokens_per_second", "peer_tokens_per_second")]
-        table.add_row(arch, peer, f"{length} x {batch}", *speeds, shown)
+    commit = machine_info()["git_commit"]
+    results: dict[str, list[dict]] = {"steps": [], "per_token": [], "decoding": []}
+    if args.only and args.out.exists():
+        results |= {kind: json.loads(args.out.read_text()).get(kind, []) for kind in results}
+
+    def keep(kind: str, row: dict) -> None:
+        """Replaces the row of the same question, and writes at once: what is cut short later takes nothing away."""
+        same = [old for old in results[kind] if all(old.get(key) == row.get(key) for key in QUESTION)]
+        results[kind] = [old for old in results[kind] if old not in same] + [row | {"git_commit": commit}]
         print(json.dumps(row), flush=True)
-        write(args.out, rows, [])
-    lengths = [] if args.only else [per_token("mamba", 1024, 32768, 5)]
-    Console(width=140).print(table)
-    for row in lengths:
-        print(f"{row['arch']}: time per token at {row['long']} over {row['short']}: {row['ratio']:.3f}")
-    write(args.out, rows, lengths)
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine_info()} | results, indent=2) + "\n")
+
+    for arch in RECURRENT:
+        if args.only in f"{arch} against length":
+            keep("per_token", per_token(arch, 1024, 32768, 5))
+            keep("decoding", decoding(arch))
+    for arch, peer, (length, rows) in PLAN:
+        if args.only in f"{arch} against {peer}":
+            keep("steps", compare(arch, peer, length, rows, args.rounds, args.seconds))
+    show(results)
 
 
 if __name__ == "__main__":
