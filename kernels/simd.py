@@ -162,6 +162,30 @@ def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typing: Any, array: Any, index: Any) -> Any:
+    """Asks for the cache line of `array[index]`, to be there some microseconds later; any index is allowed."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
+        address = _address(context, builder, signature, values, Vector(array.dtype))
+        word = ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [address.type, word, word, word]), "llvm.prefetch.p0"
+        )
+        builder.call(function, [address, word(0), word(2), word(1)])  # to read, into the second-level cache, data
+        return context.get_dummy_value()
+
+    return types.none(array, types.intp), codegen
+
+
+@inlined
+def scratch(count, like):  # type: ignore[no-untyped-def]
+    """Uninitialised memory of a kernel, of the dtype of `like`, whose vectors do not straddle cache lines."""
+    memory = np.empty(count + LANES, like.dtype)
+    skip = (-memory.ctypes.data // memory.itemsize) % LANES
+    return memory[skip : skip + count]
+
+
+@intrinsic
 def broadcast(typing: Any, array: Any, index: Any) -> Any:
     """A vector with `array[index]` in every lane; no negative index, and so no time spent on one."""
 

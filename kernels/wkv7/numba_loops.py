@@ -14,9 +14,7 @@ Shape letters: B batch, T time, H heads, K key channels, V value channels, C chu
 
 from __future__ import annotations
 
-import numpy as np
-
-from zoo.kernels.simd import LANES, broadcast, inlined, jit, load, splat, store, totals
+from zoo.kernels.simd import LANES, broadcast, inlined, jit, load, prefetch, scratch, splat, store, totals
 from zoo.kernels.wkv7.op import VALUES
 
 
@@ -44,6 +42,12 @@ def _zero(vectors, at, count):
 @inlined
 def _row(strides, b, t, h):
     return b * strides[0] + t * strides[1] + h * strides[2]
+
+
+@inlined
+def _prefetch(array, at, count):
+    for i in range(at, at + count, LANES):
+        prefetch(array, i)
 
 
 @inlined
@@ -97,7 +101,7 @@ def forward(
     n_chunks = -(-n_time // steps)
     block_size = n_keys * VALUES
     zero = splat(v.dtype.type(0))
-    states = np.empty(n_values * n_keys, v.dtype)
+    states = scratch(n_values * n_keys, v)
 
     for task in range(first, last):
         slab, part = divmod(task, n_parts)
@@ -198,13 +202,13 @@ def backward(
     n_padded = -(-n_keys // LANES) * LANES
     block_size = n_keys * VALUES
     zero = splat(v.dtype.type(0))
-    state_grads = np.empty(n_values * n_keys, v.dtype)
+    state_grads = scratch(n_values * n_keys, v)
     # One chunk of one block: the state before each step, one more after the last, and what each step read from it.
-    states = np.empty((steps + 1) * block_size, v.dtype)
-    reads = np.empty(steps * VALUES, v.dtype)
+    states = scratch((steps + 1) * block_size, v)
+    reads = scratch(steps * VALUES, v)
     # Products of 16 keys that are still to be summed over the lanes.
-    some = np.empty(LANES * LANES, v.dtype)
-    others = np.empty(LANES * LANES, v.dtype)
+    some = scratch(LANES * LANES, v)
+    others = scratch(LANES * LANES, v)
 
     for task in range(first, last):
         slab, part = divmod(task, n_parts)
@@ -248,6 +252,18 @@ def backward(
                     dy0 = load(dy, token)
                     dy1 = load(dy, token + LANES)
                     out = (((part * n_batch + n) * n_time + t) * n_heads + h) * n_padded
+                    # The rows of a head are too far apart for the hardware to fetch the next chunk by itself.
+                    if c == first_channel and chunk > 0:
+                        _prefetch(r, _row(r_at, n, t - steps, h), n_keys)
+                        _prefetch(decay, _row(decay_at, n, t - steps, h), n_keys)
+                        _prefetch(k, _row(k_at, n, t - steps, h), n_keys)
+                        _prefetch(a, _row(a_at, n, t - steps, h), n_keys)
+                        _prefetch(b, _row(b_at, n, t - steps, h), n_keys)
+                        _prefetch(v, _row(v_at, n, t - steps, h) + c, len(channels) * VALUES)
+                        _prefetch(dy, token - steps * n_heads * n_values, len(channels) * VALUES)
+                        _prefetch(dv, token - steps * n_heads * n_values, len(channels) * VALUES)
+                        for gradient in (dr, dw, dk, da, db):
+                            _prefetch(gradient, out - steps * n_heads * n_padded, n_padded)
                     next0, next1 = zero, zero
                     for group in range(0, n_keys, LANES):
                         for i in range(group, min(n_keys, group + LANES)):

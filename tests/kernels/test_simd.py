@@ -7,7 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zoo.kernels.simd import LANES, absolute, exp, exp2, jit, load, sigmoid, softplus_and_slope, store, total, totals
+from zoo.kernels.simd import (
+    LANES,
+    absolute,
+    exp,
+    exp2,
+    jit,
+    load,
+    scratch,
+    sigmoid,
+    softplus_and_slope,
+    store,
+    total,
+    totals,
+)
 
 
 @jit
@@ -114,3 +127,17 @@ def test_totals_of_many_vectors(dtype: Any) -> None:
     out = np.empty(3 * LANES, dtype)
     run_totals(x.ravel(), out)
     np.testing.assert_array_equal(out, x.sum(1))
+
+
+@jit
+def place_and_size(count, like):  # type: ignore[no-untyped-def]
+    memory = scratch(count, like)
+    return memory.ctypes.data, memory.size
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_vectors_in_scratch_lie_in_whole_cache_lines(dtype: Any) -> None:
+    for count in (1, 16, 1000, 5003):
+        place, size = place_and_size(count, np.empty(0, dtype))
+        assert place % (LANES * np.dtype(dtype).itemsize) == 0
+        assert size == count
