@@ -6,13 +6,14 @@ Each compiled backend is a module with two functions, which the custom ops below
 
     forward(x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_state, segment_ids, save_checkpoints)
         -> (y, final_state, checkpoints)
-    backward(dy, dfinal_state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, segment_ids, checkpoints)
+    backward(dy, dfinal_state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, initial_state, segment_ids,
+             checkpoints)
         -> (dx, ddt, dA, dB, dC, dD, ddt_bias, dinitial_state)
 
 An absent optional is None, in and out; dfinal_state may be None too. Tensors arrive in their own dtypes and with any
 strides (x, B and C are often views into a projection); dy is contiguous. y has x's dtype and is contiguous,
 final_state and checkpoints have the state's dtype (`state_dtype`), gradients may have any floating dtype: they are
-cast to their input's dtype here. dinitial_state is always returned; backward drops it where there was no initial_state.
+cast to their input's dtype here. dinitial_state may be None where there was no initial_state.
 checkpoints (B, K, H, P, N) holds what the backend's own backward needs to restart each chunk: the state at the START of
 the chunk, before a reset that falls on its first step. The order inside one (P, N) slab is the backend's business.
 It is an empty tensor of shape (0,) where save_checkpoints is False.
@@ -54,8 +55,8 @@ def _why_not_triton(device_type: str, features: backends.Features) -> str | None
     if reason is None:
         if "float64" in features:
             reason = "its kernels compute in float32, the inputs are float64"
-        elif "d_state > 256" in features or "d_head > 256" in features:
-            reason = "its tiles hold at most 256 states and 256 channels per head"
+        elif "d_state > 256" in features or "d_head > 128" in features:
+            reason = "its tiles hold at most 256 states and 128 channels per head"
         elif device_type == "cpu" and not _triton_interprets():
             reason = "needs a CUDA device; on a CPU only under TRITON_INTERPRET=1, set before the process starts"
     return reason
@@ -139,50 +140,50 @@ def _backward(
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    initial_state: Tensor | None,
     segment_ids: Tensor | None,
     checkpoints: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     gradients = backends.load("ssd", backend).backward(
-        dy.contiguous(), dfinal_state, x, dt, A, B, C, D, dt_bias, dt_softplus, (dt_min, dt_max), segment_ids,
-        checkpoints,
+        dy.contiguous(), dfinal_state, x, dt, A, B, C, D, dt_bias, dt_softplus, (dt_min, dt_max), initial_state,
+        segment_ids, checkpoints,
     )  # fmt: skip
-    # A custom op cannot return None, so an absent optional has an empty gradient. The state's likeness is its dtype.
+    # A custom op cannot return None, so an absent optional has an empty gradient.
     return tuple(
         x.new_empty(0) if like is None else gradient.to(like.dtype).contiguous()
-        for gradient, like in zip(gradients, (x, dt, A, B, C, D, dt_bias, checkpoints), strict=True)
+        for gradient, like in zip(gradients, (x, dt, A, B, C, D, dt_bias, initial_state), strict=True)
     )  # type: ignore[return-value]
 
 
 @_backward.register_fake
-def _(dy, dfinal_state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, segment_ids, checkpoints, backend):  # type: ignore[no-untyped-def]
-    state = checkpoints.new_empty((x.shape[0], *x.shape[2:], B.shape[3]))
+def _(dy, dfinal_state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_min, dt_max, initial_state, *others):  # type: ignore[no-untyped-def]
     return tuple(
-        x.new_empty(0) if like is None else like.new_empty(like.shape) for like in (x, dt, A, B, C, D, dt_bias, state)
+        x.new_empty(0) if like is None else like.new_empty(like.shape)
+        for like in (x, dt, A, B, C, D, dt_bias, initial_state)
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, dt, A, B, C, D, dt_bias, *options, initial_state, segment_ids, _, backend = inputs
     checkpoints = output[2]
-    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, segment_ids, checkpoints)
+    ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, segment_ids, checkpoints)
     ctx.options, ctx.backend = options, backend
-    ctx.state_dtype = None if initial_state is None else initial_state.dtype
     ctx.mark_non_differentiable(checkpoints)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx, dy, dfinal_state, _):  # type: ignore[no-untyped-def]
-    *inputs, segment_ids, checkpoints = ctx.saved_tensors
+    *inputs, initial_state, segment_ids, checkpoints = ctx.saved_tensors
     if dy is None and dfinal_state is None:
         return (None,) * 14
     if dy is None:
         dy = torch.zeros_like(inputs[0])
-    *gradients, dinitial_state = torch.ops.zoo.ssd_backward(
-        dy, dfinal_state, *inputs, *ctx.options, segment_ids, checkpoints, ctx.backend
+    gradients = torch.ops.zoo.ssd_backward(
+        dy, dfinal_state, *inputs, *ctx.options, initial_state, segment_ids, checkpoints, ctx.backend
     )
-    present = [g if like is not None else None for g, like in zip(gradients, inputs, strict=True)]
-    dinitial_state = None if ctx.state_dtype is None else dinitial_state.to(ctx.state_dtype)
+    likes = (*inputs, initial_state)
+    *present, dinitial_state = (g if like is not None else None for g, like in zip(gradients, likes, strict=True))
     return (*present, None, None, None, dinitial_state, None, None, None)
 
 
@@ -288,8 +289,8 @@ def _features(x: Tensor, B: Tensor, initial_state: Tensor | None, segment_ids: T
         features.append("segment_ids")
     if B.shape[3] > 256:
         features.append("d_state > 256")
-    if x.shape[3] > 256:
-        features.append("d_head > 256")
+    if x.shape[3] > 128:
+        features.append("d_head > 128")
     return tuple(features)
 
 
@@ -309,11 +310,11 @@ def flops(
 
 
 def _forward_flops(x, dt, A, B, C, D, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return flops(*x, B[3], D=D is not None)
+    return flops(x[0], x[1], x[2], x[3], B[3], D=D is not None)
 
 
 def _backward_flops(dy, dfinal_state, x, dt, A, B, C, D, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return flops(*x, B[3], D=D is not None, backward=True)
+    return flops(x[0], x[1], x[2], x[3], B[3], D=D is not None, backward=True)
 
 
 flop_formulas.register(torch.ops.zoo.ssd_forward, _forward_flops)

@@ -144,6 +144,7 @@ def backward(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
     segment_ids: Tensor | None,
     checkpoints: Tensor,
 ) -> tuple[Tensor | None, ...]:
