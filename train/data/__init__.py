@@ -14,6 +14,7 @@ from zoo.train.data.base import (
 )
 from zoo.train.data.mqar import MQAR, MQARConfig
 from zoo.train.data.pystdlib import PyStdlib, PyStdlibConfig
+from zoo.train.data.state_tracking import Parity, ParityConfig, Word, WordConfig
 from zoo.train.data.stream import IGNORE, Batch, BatchHash, BatchStream, EvalBatches
 from zoo.train.data.text import PackedText, PackedTextConfig, Text, TextConfig
 
@@ -33,12 +34,16 @@ __all__ = [
     "MQARConfig",
     "PackedText",
     "PackedTextConfig",
+    "Parity",
+    "ParityConfig",
     "PyStdlib",
     "PyStdlibConfig",
     "Source",
     "Text",
     "TextConfig",
     "TokenizerCodec",
+    "Word",
+    "WordConfig",
     "codec_from_dict",
     "create_source",
     "get_data",
