@@ -44,7 +44,7 @@ def _why_not_cuda(device_type: str, features: backends.Features) -> str | None:
     for feature in ("segment_ids", "float32", "float64", "K > 256"):
         if feature in features:
             return f"fla-core's chunk_rwkv7 does not take {feature}"
-    return backends.missing("fla", "fla-core")
+    return backends.missing("fla", "'subquadratic-zoo[cuda]'")
 
 
 def _why_not_triton(device_type: str, features: backends.Features) -> str | None:
