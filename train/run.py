@@ -152,13 +152,14 @@ def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
             f"ids: raise it or leave it out"
         )
     recipe, trainer = source.recipe, config.trainer
+    factor = architecture(config.arch).mixer.learning_rate_factor
     max_steps = trainer.max_steps or recipe.max_steps
     val_every = min(trainer.val_every or recipe.val_every or math.ceil(max_steps / 10), max_steps)
     return dataclasses.replace(
         config,
         model={**config.model, "vocab_size": vocab_size},
         trainer=dataclasses.replace(trainer, max_steps=max_steps, val_every=val_every),
-        optim=dataclasses.replace(config.optim, lr=config.optim.lr or recipe.lr),
+        optim=dataclasses.replace(config.optim, lr=config.optim.lr or recipe.lr * factor),
     )
 
 

@@ -38,6 +38,9 @@ class Mixer(nn.Module):
         if head is not None:
             nn.init.normal_(head.weight, std=0.02)
 
+    learning_rate_factor = 1.0
+    """The learning rate that suits the architecture over the one a dataset recommends; used where none is given."""
+
     shares = False
     """Whether `forward` takes a fourth argument, `shared`: a dict that lives for one call of the model, in which a
     layer leaves values of the same tokens for the layers above it (RWKV-7: the values of its first layer)."""

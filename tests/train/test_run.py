@@ -13,10 +13,11 @@ import zoo
 from zoo.kernels.errors import CheckpointError, ConfigError, DataError
 from zoo.train.callbacks import WARMUP_STEPS
 from zoo.train.config import train_config
-from zoo.train.data import BatchHash, DataModule
+from zoo.train.data import BatchHash, DataModule, create_source
 from zoo.train.errors import NonFiniteError
 from zoo.train.module import SequenceModule
 from zoo.train.optim import learning_rate_factor
+from zoo.train.run import decide
 
 from .conftest import MQAR, TINY, same
 
@@ -336,3 +337,10 @@ def test_torch_is_left_as_it_was(toy, train, tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert Path.cwd() == Path.cwd().resolve()
+
+
+@pytest.mark.parametrize(("arch", "rate"), [("mamba", 2e-3), ("rwkv4", 5e-3)])
+def test_a_rate_left_open_is_the_datasets_times_the_architectures(arch, rate):
+    for words, expected in (((), rate), (("optim.lr=0.1",), 0.1)):
+        config = train_config([f"arch={arch}", "data=mqar", *words])
+        assert decide(config, create_source(config.data)).optim.lr == pytest.approx(expected)

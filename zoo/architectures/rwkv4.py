@@ -32,6 +32,8 @@ class TimeMixState(NamedTuple):
 class RWKV4(RWKVMixer):
     """RWKV-4: a running average weighted by keys, with one decay per channel."""
 
+    learning_rate_factor = 2.5
+
     @classmethod
     def sublayers(cls, config: RWKVConfig, layer: int) -> list[Mixer]:
         """Time mix, then channel mix."""

@@ -186,11 +186,7 @@ class RWKV7(RWKVMixer):
         low_rank = [part for part in (self.decay, self.rate, self.gate, self.residual) if part is not None]
         recurrence = wkv7_flops(1, seq_len, self.n_heads, self.head_dim, self.head_dim)
         projections = 8 * seq_len * (self.n_heads * self.head_dim) ** 2
-        return (
-            projections
-            + sum(part.flops(seq_len) for part in low_rank)
-            + recurrence
-        )
+        return projections + sum(part.flops(seq_len) for part in low_rank) + recurrence
 
     def state_size(self, seq_len: int) -> int:
         """D + H K K, whatever the length."""
