@@ -17,6 +17,7 @@ from zoo.kernels import (
     causal_conv1d_flops,
     selective_scan,
     selective_scan_flops,
+    ssd,
     wkv7,
 )
 
@@ -58,10 +59,24 @@ def wkv7_inputs(*, optionals: bool = True) -> dict[str, Any]:
     return inputs
 
 
+def ssd_inputs(dtype: torch.dtype = torch.float32, *, optionals: bool = True) -> dict[str, Any]:
+    B, T, H, P, G, N = 2, 70, 4, 5, 2, 3
+    inputs = {"x": torch.randn(B, T, H, P, dtype=dtype), "dt": torch.randn(B, T, H, dtype=dtype), "A": -torch.rand(H)}
+    inputs |= {"B": torch.randn(B, T, G, N, dtype=dtype), "C": torch.randn(B, T, G, N, dtype=dtype)}
+    if optionals:
+        inputs |= {"D": torch.randn(H), "dt_bias": torch.randn(H), "initial_state": torch.randn(B, H, P, N)}
+        inputs |= {"segment_ids": torch.arange(T).expand(B, T) // 10}
+    for x in inputs.values():
+        if x.is_floating_point():
+            x.requires_grad_()
+    return {**inputs, "dt_softplus": True}
+
+
 OPERATORS = [
     pytest.param(selective_scan, scan_inputs, id="selective_scan"),
     pytest.param(causal_conv1d, conv_inputs, id="causal_conv1d"),
     pytest.param(wkv7, wkv7_inputs, id="wkv7"),
+    pytest.param(ssd, ssd_inputs, id="ssd"),
 ]
 
 
@@ -89,6 +104,23 @@ def test_opcheck_causal_conv1d(backend: str, optionals: bool, dtype: torch.dtype
     torch.library.opcheck(torch.ops.zoo.causal_conv1d_forward.default, (*arguments, backend))
     backward = tuple(a.detach() if isinstance(a, Tensor) else a for a in (torch.randn(2, 37, 18), *arguments, backend))
     torch.library.opcheck(torch.ops.zoo.causal_conv1d_backward.default, backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optionals", [False, True])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_opcheck_ssd(backend: str, optionals: bool, dtype: torch.dtype) -> None:
+    x = ssd_inputs(dtype, optionals=optionals)
+    arguments = tuple(x.get(name) for name in ("x", "dt", "A", "B", "C", "D", "dt_bias"))
+    options = (True, 0.1, 2.0, x.get("initial_state"), x.get("segment_ids"))
+    forward = (*arguments, *options, True, backend)
+    torch.library.opcheck(torch.ops.zoo.ssd_forward.default, forward)
+    with torch.no_grad():
+        y, state, checkpoints = torch.ops.zoo.ssd_forward(*forward)
+    dstate = torch.randn_like(state) if optionals else None
+    backward = (torch.randn_like(y), dstate, *arguments, *options, checkpoints, backend)
+    backward = tuple(a.detach() if isinstance(a, Tensor) else a for a in backward)
+    torch.library.opcheck(torch.ops.zoo.ssd_backward.default, backward)
 
 
 @pytest.mark.parametrize(("operator", "make"), OPERATORS)

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.kernels import parallel, selective_scan, ssd
+from zoo.kernels import parallel, selective_scan, ssd, ssd_flops
 from zoo.kernels.backends import operators
 from zoo.kernels.errors import BackendError, ZooError
 from zoo.kernels.ssd import CHUNK
@@ -78,37 +82,34 @@ def make(
     }
 
 
-def exact(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments in float64 on the CPU."""
-    return {
-        name: x.detach().cpu().to(torch.float64 if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
-        for name, x in inputs.items()
-    }
-
-
 def part(inputs: dict[str, Any], steps: slice) -> dict[str, Any]:
     """The arguments of some of the steps; parameters and states as they are."""
     along_time = ("x", "dt", "B", "C", "segment_ids")
     return {name: x[:, steps] if name in along_time and x is not None else x for name, x in inputs.items()}
 
 
-def check(backend: str, inputs: dict[str, Any], all_gradients: Any, assert_close: Any) -> None:
+@pytest.fixture
+def check(all_gradients: Any, assert_close: Any, exact: Any) -> Callable[[str, dict[str, Any]], None]:
     """Compares every output and gradient with the reference, or expects a refusal with its reason."""
-    (operator,) = (o for o in operators() if o.name == "ssd")
-    (entry,) = (b for b in operator.backends if b.name == backend)
-    dtype = inputs["x"].dtype
-    if reason := entry.why_not(inputs["x"].device.type, ("float64",) * (dtype == torch.float64)):
-        with pytest.raises(BackendError, match=r"ssd: backend .* cannot run this"):
-            ssd(**inputs, backend=backend)
-        pytest.skip(reason)
-    expected = all_gradients(ssd, exact(inputs), backend="reference")
-    results = all_gradients(ssd, inputs, backend=backend)
-    assert results["y"].dtype == dtype
-    assert results["final_state"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    for name, x in inputs.items():
-        if isinstance(x, Tensor) and x.is_floating_point():
-            assert results[f"d{name}"].dtype == x.dtype, name
-    assert_close({name: x.cpu() for name, x in results.items()}, expected, TOLERANCES[dtype])
+
+    def compare(backend: str, inputs: dict[str, Any]) -> None:
+        (operator,) = (o for o in operators() if o.name == "ssd")
+        (entry,) = (b for b in operator.backends if b.name == backend)
+        dtype = inputs["x"].dtype
+        if reason := entry.why_not(inputs["x"].device.type, ("float64",) * (dtype == torch.float64)):
+            with pytest.raises(BackendError, match=r"ssd: backend .* cannot run this"):
+                ssd(**inputs, backend=backend)
+            pytest.skip(reason)
+        expected = all_gradients(ssd, exact(inputs), backend="reference")
+        results = all_gradients(ssd, inputs, backend=backend)
+        assert results["y"].dtype == dtype
+        assert results["final_state"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        for name, x in inputs.items():
+            if isinstance(x, Tensor) and x.is_floating_point():
+                assert results[f"d{name}"].dtype == x.dtype, name
+        assert_close({name: x.cpu() for name, x in results.items()}, expected, TOLERANCES[dtype])
+
+    return compare
 
 
 # H, P, G, N: one of each; less than a vector; whole vectors; more heads than a task takes, more states than a tile.
@@ -118,11 +119,11 @@ WIDTHS = [(1, 1, 1, 1), (4, 3, 2, 5), (2, 64, 1, 16), (6, 17, 1, 40), (3, 80, 3,
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("T", [1, 2, 16, 63, 64, 65, 130])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_sizes(backend: str, T: int, widths: tuple[int, ...], all_gradients: Any, assert_close: Any) -> None:
+def test_odd_sizes(backend: str, T: int, widths: tuple[int, ...], check: Any) -> None:
     on_cpu = backend in ON_CPU
     dtype = torch.float64 if on_cpu else torch.float32
     inputs = make(2, T, *widths, dtype=dtype, device=device_of(backend), initial=True, segments=True)
-    check(backend, inputs, all_gradients, assert_close)
+    check(backend, inputs)
 
 
 OPTIONS = ("skip", "bias", "softplus", "limit", "initial", "segments")
@@ -132,19 +133,17 @@ OPTIONS = ("skip", "bias", "softplus", "limit", "initial", "segments")
     "options", list(itertools.product([False, True], repeat=6)), ids=lambda o: "".join("01"[x] for x in o)
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_combination_of_optionals(
-    backend: str, options: tuple[bool, ...], all_gradients: Any, assert_close: Any
-) -> None:
+def test_every_combination_of_optionals(backend: str, options: tuple[bool, ...], check: Any) -> None:
     chosen = dict(zip(OPTIONS, options, strict=True))
     inputs = make(2, 67, 2, 5, 1, 3, dtype=torch.float32, device=device_of(backend), **chosen)
-    check(backend, inputs, all_gradients, assert_close)
+    check(backend, inputs)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_dtypes(backend: str, dtype: torch.dtype, all_gradients: Any, assert_close: Any) -> None:
+def test_dtypes(backend: str, dtype: torch.dtype, check: Any) -> None:
     inputs = make(2, 100, 12, 32, 2, 24, dtype=dtype, device=device_of(backend))
-    check(backend, inputs, all_gradients, assert_close)
+    check(backend, inputs)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,12 +158,11 @@ def test_any_size(
     sizes: tuple[int, ...],
     options: dict[str, bool],
     seed: int,
-    all_gradients: Any,
-    assert_close: Any,
+    check: Any,
 ) -> None:
     batch, time, heads_per_group, channels, groups, d_state = sizes
     inputs = make(batch, time, heads_per_group * groups, channels, groups, d_state, **options, seed=seed)
-    check(backend, inputs, all_gradients, assert_close)
+    check(backend, inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", *ON_CPU])
@@ -268,7 +266,7 @@ def test_nan_and_infinity_come_out(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("decay", [-1e-6, -50.0, None])
-def test_extreme_decays(backend: str, decay: float | None, all_gradients: Any, assert_close: Any) -> None:
+def test_extreme_decays(backend: str, decay: float | None, all_gradients: Any, assert_close: Any, exact: Any) -> None:
     """delta A near 0, so far below that nothing survives a step, and the two mixed within each chunk."""
     inputs = make(2, 150, 3, 16, 1, 8, dtype=torch.float32, softplus=False, bias=False)
     inputs["A"] = torch.full((3,), -50.0 if decay is None else decay)
@@ -283,7 +281,7 @@ def test_extreme_decays(backend: str, decay: float | None, all_gradients: Any, a
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_long_sequences(backend: str, all_gradients: Any, assert_close: Any) -> None:
+def test_long_sequences(backend: str, all_gradients: Any, assert_close: Any, exact: Any) -> None:
     """65,536 steps, of which the state forgets nothing; the gradients are those of a sum over all of them."""
     T = 65536
     inputs = make(1, T, 1, 2, 1, 2, dtype=torch.float32, softplus=False, bias=False, skip=False)
@@ -295,7 +293,7 @@ def test_long_sequences(backend: str, all_gradients: Any, assert_close: Any) -> 
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_growing_state(backend: str, all_gradients: Any, assert_close: Any) -> None:
+def test_growing_state(backend: str, all_gradients: Any, assert_close: Any, exact: Any) -> None:
     """A positive A is unusual but legal."""
     inputs = make(2, 80, 2, 16, 1, 4, dtype=torch.float32)
     inputs["A"] = inputs["A"].abs() * 0.2
@@ -359,6 +357,69 @@ def test_reference_gradcheck() -> None:
 
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradgradcheck(run, leaves)
+
+
+HOSTILE = """
+import torch
+from zoo.kernels import parallel, ssd
+parallel.SMALL = 0
+torch.set_num_threads(2)
+torch.manual_seed(0)
+x, dt, A = torch.randn(2, 70, 6, 17), torch.rand(2, 70, 6), -torch.rand(6)
+B, C = torch.randn(2, 70, 2, 5), torch.randn(2, 70, 2, 5)
+leaves = [x.requires_grad_() for x in (x, dt, A, B, C)]
+
+def run(backend):
+    y, state = ssd(*leaves, backend=backend)
+    return y, state, *torch.autograd.grad(y.sum() + state.sum(), leaves)
+
+torch.testing.assert_close(run("numba"), run("reference"), rtol=1e-4, atol=1e-4)
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc fills new memory on Linux alone")
+def test_scratch_memory() -> None:
+    """Scratch inside the kernels is filled with 0xFE (-1.7e38) by the allocator: none of it may be read."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOSTILE],
+        env={**os.environ, "MALLOC_PERTURB_": "1", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout == "fine\n", done.stderr
+
+
+def test_flops() -> None:
+    # One token, head, channel and state: bias, softplus, delta A, exp; delta x; decay, drive B, sum, C S, sum.
+    assert ssd_flops(1, 1, 1, 1, 1, D=False) == 4 + 1 + 5
+    assert ssd_flops(2, 3, 5, 7, 11) == 2 * 3 * 5 * (7 * (5 * 11 + 3) + 4)
+    inputs = make(2, 70, 6, 5, 3, 4)
+    inputs["x"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        loss = ssd(**inputs)[0].sum()
+    assert counter.get_total_flops() == ssd_flops(2, 70, 6, 5, 4)
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    assert counter.get_total_flops() == ssd_flops(2, 70, 6, 5, 4, backward=True)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_without_gradients_nothing_is_stored(backend: str) -> None:
+    inputs = make(2, 130, 3, 5, 1, 4)
+    inputs["x"].requires_grad_()
+    stored = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.zoo.ssd_forward.default:
+                stored.append(result[2].shape)
+            return result
+
+    with Watch():
+        ssd(**inputs, backend=backend)
+        with torch.no_grad():
+            ssd(**inputs, backend=backend)
+    assert stored == [(2, 3, 3, 5, 4), (0,)]
 
 
 def bad(change: Callable[[dict[str, Any]], Any], message: str) -> Any:
