@@ -227,6 +227,18 @@ def test_infinity_stays_in_its_document() -> None:
     torch.testing.assert_close(wkv7(**inputs)[0][:, 4:], clean[:, 4:])
 
 
+def test_infinite_gradient_stays_in_its_document() -> None:
+    inputs = make(1, 40, 1, 4, 3)
+    inputs["segment_ids"] = torch.tensor([[0] * 34 + [1] * 6])
+    leaves = [inputs[name].requires_grad_() for name in NAMES]
+    dy = torch.ones(1, 40, 1, 3, dtype=torch.float64)
+    clean = torch.autograd.grad(wkv7(**inputs)[0], leaves, dy)
+    dy[0, 37] = torch.inf
+    for name, gradient, truth in zip(NAMES, torch.autograd.grad(wkv7(**inputs)[0], leaves, dy), clean, strict=True):
+        assert not gradient[:, 34:38].isfinite().all(), name
+        torch.testing.assert_close(gradient[:, :34], truth[:, :34], msg=name)
+
+
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 def test_nan_and_infinity_come_out(backend: str) -> None:
     for bad in (torch.nan, torch.inf):
