@@ -5,7 +5,7 @@
 What counts for speed and can be read off the machine code: registers per thread and the programs that therefore fit on
 one multiprocessor, bytes of local memory, accesses to it inside loops (spills that cost time), and per turn of a loop
 (one step of 16 channels; in the selective scan 4 steps) the instructions, those of the special function unit (exp2,
-reciprocals), shuffles and vectorised loads. These are counts, not times.
+reciprocals), shuffles, vectorised loads and tensor core products. These are counts, not times.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -31,8 +32,9 @@ SM_REGISTERS, SM_WARPS, SM_PROGRAMS = 65536, 64, 32  # of one Hopper multiproces
 ACTIVATIONS = {  # the other tensors are float32 when they reach a kernel
     "selective_scan": {"x", "u", "dt", "z", "dy", "y", "du", "ddt", "dz"},
     "wkv7": {"r", "w", "k", "v", "a", "b", "dy", "y", "dv"},
+    "ssd": {"x", "B", "C", "M", "dy", "y", "dx"},
 }
-SIZES = ("D", "H", "V", "slab_rows")
+SIZES = ("D", "H", "G", "V", "slab_rows")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,51 @@ WKV7_VARIANTS = [
 ]
 
 
+@dataclass(frozen=True)
+class SsdVariant(Variant):
+    """The same for ssd, whose kernels compute one chunk of one head, of 64 channels if nothing else is said."""
+
+    d_state: int = 128
+    operator: str = "ssd"
+    channels: int = 64
+
+    @property
+    def title(self) -> str:
+        """As above, with the operator's name and the channels of a head."""
+        title = f"ssd {super().title} P={self.channels}"
+        return title + " +segments" * (self.kernel in ("output", "gradient") and "segments" not in self.absent)
+
+    def launch_arguments(self) -> dict[str, Any]:
+        """As above, by dtype; the kernel that passes states on has no products."""
+        backend = importlib.import_module("zoo.kernels.ssd.triton_backend")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self.dtype]
+        named: dict[str, Any] = backend.launch_arguments(dtype, self.channels, self.d_state)
+        if self.kernel == "pass":
+            return {
+                "SIZE": self.channels * self.d_state, "BLOCK": backend.BLOCK, "REVERSE": self.reverse,
+                "num_warps": 4, "enable_fp_fusion": True,
+            }  # fmt: skip
+        return named
+
+
+SSD_VARIANTS = [
+    *(
+        SsdVariant(kernel, dtype, absent)
+        for dtype in ("bf16", "fp16", "fp32")
+        for kernel, absent in (
+            ("state", ()),
+            ("output", ("segments",)),
+            ("output", ()),
+            ("gradient", ("segments",)),
+            ("gradient", ()),
+        )
+    ),
+    *(SsdVariant("pass", reverse=reverse) for reverse in (False, True)),
+    *(SsdVariant(kernel, absent=("segments",), d_state=64) for kernel in ("output", "gradient")),
+    *(SsdVariant(kernel, absent=("segments",), channels=128) for kernel in ("output", "gradient")),
+]
+
+
 @dataclass
 class Report:
     """What the compiler made of one variant. Loops are innermost loops, in the order of the code."""
@@ -150,19 +197,20 @@ def compile_variant(variant: Variant) -> Report:
     kernels = variant.kernels
     kernel = getattr(kernels, f"{variant.kernel}_kernel")
     named = variant.launch_arguments()
-    options = {name: named.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: named.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in named}
     constants = named | dict.fromkeys(variant.absent)
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in (*kernels.LENGTHS, *SIZES) or name.endswith(("_row", "_batch", "_head")):
+        elif name in (*kernels.LENGTHS, *SIZES) or name.endswith(("_row", "_batch", "_head", "_group")):
             signature[name] = "i32"
         else:
             signature[name] = {True: f"*{variant.dtype}", False: "*fp32"}[name in ACTIVATIONS[variant.operator]]
-    if "segment_ids" in signature and "segment_ids" not in constants:
-        signature["segment_ids"] = "*i64"
-    unspecialised = (*kernels.LENGTHS, *getattr(kernels, "UNALIGNED", ()), "H")
+    for name, kind in (("segment_ids", "*i64"), ("segments", "*i32")):
+        if name in signature and name not in constants:
+            signature[name] = kind
+    unspecialised = (*kernels.LENGTHS, *getattr(kernels, "UNALIGNED", ()), "H", "G")
     aligned = [name for name, kind in signature.items() if kind != "constexpr" and name not in unspecialised]
     position = {name: (index,) for index, name in enumerate(kernel.arg_names)}
     source = ASTSource(
@@ -222,6 +270,7 @@ def _count(instructions: list[str]) -> dict[str, int]:
         "global_loads": kinds["LDG"],
         "vector_loads": vectors,
         "barriers": kinds["BAR"],
+        "tensor_core": sum(count for kind, count in kinds.items() if kind.endswith(("MMA", "MMA_"))),
     }
 
 
@@ -237,9 +286,9 @@ def main() -> None:
 
     table = Table("variant", "registers", "local bytes", "in loops", "shared", "programs / SM", "main loop", "SFU")
     rows: list[dict[str, Any]] = []
-    for variant in (*VARIANTS, *WKV7_VARIANTS):
+    for variant in (*VARIANTS, *WKV7_VARIANTS, *SSD_VARIANTS):
         report = compile_variant(variant)
-        main_loop = max(report.loops, key=lambda loop: loop["instructions"])
+        main_loop = max(report.loops, key=lambda loop: loop["instructions"], default=_count([]))
         numbers = (report.registers, report.local_bytes, report.local_accesses_in_loops, report.shared_bytes)
         numbers += (report.programs_per_multiprocessor, main_loop["instructions"], main_loop["special_function"])
         table.add_row(variant.title, *(str(x) for x in numbers))

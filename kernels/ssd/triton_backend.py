@@ -36,13 +36,16 @@ def launch_arguments(dtype: torch.dtype, n_channels: int, d_state: int) -> dict[
 
     States and weights outgrow fp16, so that its products are those of TF32, which keeps as many digits.
     """
+    narrow = dtype == torch.bfloat16
     return {
         "P": n_channels,
         "P_PAD": max(16, triton.next_power_of_2(n_channels)),
         "N": d_state,
-        "TYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        "W": 32,
+        "TYPE": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": 4 if n_channels <= 64 else 8,
+        "num_warps": 4 if narrow and n_channels <= 64 else 8,
+        "num_stages": 1,
         "enable_fp_fusion": True,
     }
 
@@ -118,7 +121,7 @@ def forward(
     states = torch.empty((n_batch, chunks, n_heads, n_channels, n_state), device=x.device)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        kernels.state_kernel[(*grid, triton.cdiv(n_state, kernels.WIDTH.value))](
+        kernels.state_kernel[(*grid, triton.cdiv(n_state, named["W"]))](
             x, steps.tail, steps.delta, B, states, *sizes, *x.stride()[:3], *B.stride()[:3], **named
         )
         first = None if initial_state is None else initial_state.float().contiguous()
@@ -164,7 +167,7 @@ def backward(
     dB, dC = (torch.empty((n_batch, n_time, n_heads, n_state), device=x.device) for _ in range(2))
     dskip = torch.empty_like(steps.whole)
     with torch.cuda.device_of(x):
-        kernels.state_kernel[(*grid, triton.cdiv(n_state, kernels.WIDTH.value))](
+        kernels.state_kernel[(*grid, triton.cdiv(n_state, named["W"]))](
             dy, steps.head, None, C, dstates, *sizes, *dy.stride()[:3], *C.stride()[:3], **named
         )
         first = None if dfinal_state is None else dfinal_state.float().contiguous()

@@ -1,7 +1,7 @@
 """Triton kernels of the recurrence of Mamba-2 in its matrix form; `triton_backend` launches them.
 
 Shape letters: T time, K chunks of Q = CHUNK steps, H heads, P channels per head (P_PAD the power of two above),
-G groups, N state size, W = WIDTH states at once. What there is one of per step and head is (B, H, K Q): `delta`, the
+G groups, N state size, W states at once. What there is one of per step and head is (B, H, K Q): `delta`, the
 decays `head` from the chunk's start and `tail` to its end, and `high` + `low`, the sums of log2 of the decays from the
 chunk's start in two parts, because their differences count.
 
@@ -20,9 +20,6 @@ import triton.language as tl
 
 CHUNK = tl.constexpr(64)
 """Steps of a chunk, as in `op.CHUNK`."""
-
-WIDTH = tl.constexpr(64)
-"""States per step of the loops over N."""
 
 WIDENED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Triton's interpreter multiplies the bit patterns of bf16 numbers: there they are made float32 again."""
@@ -73,7 +70,8 @@ def decays(high, low, segments, t, T):
 @triton.jit(do_not_specialize=LENGTHS)
 def state_kernel(
     x, factor, delta, M, local, T, K, H, G, x_batch, x_row, x_head, M_batch, M_row, M_group,
-    P: tl.constexpr, P_PAD: tl.constexpr, N: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, P_PAD: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What each chunk adds to a state, (B, K, H, P, N): the sum of factor_t delta_t x_t M_t^T; no delta is 1."""
     k = tl.program_id(0)
@@ -81,7 +79,7 @@ def state_kernel(
     h = tl.program_id(1) % H
     t = k * CHUNK + tl.arange(0, CHUNK)
     p = tl.arange(0, P_PAD)
-    n = tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)
+    n = tl.program_id(2) * W + tl.arange(0, W)
     per_step = (b * H + h) * (K * CHUNK)
     weight = tl.load(factor + per_step + t)
     if delta is not None:
@@ -123,7 +121,8 @@ def pass_kernel(states, whole, first, last, K, H, SIZE: tl.constexpr, BLOCK: tl.
 def output_kernel(
     x, B, C, skip, delta, head, high, low, segments, states, y,
     T, K, H, G, x_batch, x_row, x_head, B_batch, B_row, B_group, C_batch, C_row, C_group,
-    P: tl.constexpr, P_PAD: tl.constexpr, N: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, P_PAD: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs: y = (scores * decays) drive + head (C S) + skip x, for one chunk of one head."""
     k = tl.program_id(0)
@@ -141,8 +140,8 @@ def output_kernel(
 
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
     carried = tl.zeros((CHUNK, P_PAD), tl.float32)
-    for start in range(0, N, WIDTH):
-        n = start + tl.arange(0, WIDTH)
+    for start in range(0, N, W):
+        n = start + tl.arange(0, W)
         matrix_C = load(C, C_row, t, T, n, N)
         scores += dot(matrix_C, tl.trans(load(B, B_row, t, T, n, N)), TYPE, PRECISION)
         carried += dot(matrix_C, tl.trans(load(states, N, p, P, n, N)), TYPE, PRECISION)
@@ -160,7 +159,8 @@ def gradient_kernel(
     dy, x, B, C, skip, delta, head, tail, whole, high, low, segments, states, dstates,
     dx, ddelta, dlogs, dB, dC, dskip,
     T, K, H, G, x_batch, x_row, x_head, B_batch, B_row, B_group, C_batch, C_row, C_group,
-    P: tl.constexpr, P_PAD: tl.constexpr, N: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, P_PAD: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every gradient of one chunk of one head; those of B and C (B, T, H, N) are its share of the group's.
 
@@ -182,8 +182,8 @@ def gradient_kernel(
     token = b * T * H + h
 
     scores = tl.zeros((CHUNK, CHUNK), tl.float32)
-    for start in range(0, N, WIDTH):
-        n = start + tl.arange(0, WIDTH)
+    for start in range(0, N, W):
+        n = start + tl.arange(0, W)
         scores += dot(load(C, C_row, t, T, n, N), tl.trans(load(B, B_row, t, T, n, N)), TYPE, PRECISION)
     between = decays(high + per_step, low + per_step, segments, t, T)
     values = load(x + b * x_batch + h * x_head, x_row, t, T, p, P)
@@ -206,8 +206,8 @@ def gradient_kernel(
     carried = tl.zeros((CHUNK,), tl.float32)
     kept = tl.zeros((CHUNK,), tl.float32)
     passing = tl.zeros((P_PAD,), tl.float32)
-    for start in range(0, N, WIDTH):
-        n = start + tl.arange(0, WIDTH)
+    for start in range(0, N, W):
+        n = start + tl.arange(0, W)
         matrix_B = load(B, B_row, t, T, n, N)
         matrix_C = load(C, C_row, t, T, n, N)
         state = load(states + here, N, p, P, n, N)

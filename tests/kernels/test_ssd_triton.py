@@ -7,6 +7,7 @@ H heads, P channels per head, G groups, N state size.
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 from collections.abc import Callable
@@ -172,3 +173,31 @@ def test_says_what_it_does_not_take() -> None:
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the cases above ran in this process")
 def test_in_the_interpreter(run_interpreted: Any) -> None:
     run_interpreted(__file__, at_least=21)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
+def test_compile_for_hopper(compile_triton: Any) -> None:
+    """No GPU needed. Local memory inside a loop would be spilled registers, which the loop would wait for."""
+    plain = [x for x in compile_triton.SSD_VARIANTS if x.dtype == "bf16" and (x.d_state, x.channels) == (128, 64)]
+    assert {x.kernel for x in plain} == {"state", "output", "gradient", "pass"}
+    for variant in (x for x in plain if x.kernel == "pass" or x.absent or x.kernel == "state"):
+        report = compile_triton.compile_variant(variant)
+        assert report.local_accesses_in_loops == 0, variant.title
+        assert report.local_bytes <= 128, variant.title
+        assert report.shared_bytes <= 64 * 1024, variant.title  # at least three programs side by side
+        assert report.programs_per_multiprocessor >= 2, variant.title
+
+
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the cases above launch the kernels")
+@pytest.mark.parametrize("bare", [False, True])
+def test_launches_compile(bare: bool, compiled_launches: Any) -> None:
+    """The launcher makes constants of arguments that are 1 or None; the kernels must compile with them."""
+    kernels = importlib.import_module("zoo.kernels.ssd.triton_kernels")
+    backend = importlib.import_module("zoo.kernels.ssd.triton_backend")
+    compiled = compiled_launches(kernels, "state_kernel", "pass_kernel", "output_kernel", "gradient_kernel")
+    inputs = make(*((1, 130, 4, 17, 2, 33) if bare else (1, 1, 1, 1, 1, 1)), dtype=torch.bfloat16, softplus=not bare)
+    if bare:
+        inputs |= dict.fromkeys(("D", "dt_bias", "initial_state", "segment_ids"))
+    y, final_state, checkpoints = backend.forward(*inputs.values(), True)
+    backend.backward(y, None if bare else final_state, *inputs.values(), checkpoints)
+    assert len(compiled) == 6
