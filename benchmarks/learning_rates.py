@@ -10,13 +10,10 @@ ranks luck. A run stops when its validation accuracy passes .995.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
+from front_door import run
 from rich.console import Console
 from rich.table import Table
 
@@ -28,25 +25,10 @@ RATES = [1e-3, 2e-3, 4e-3]
 
 
 def train(arch: str, rate: float, more: list[str]) -> dict:
-    """One run of the front door; what came out of it."""
-    words = ["-m", "zoo.train", f"arch={arch}", f"optim.lr={rate:g}", "trainer.stop_at=0.995", *more]
-    with tempfile.TemporaryDirectory() as runs:
-        subprocess.run([sys.executable, *words, f"runs_dir={runs}"], check=True, stdout=subprocess.DEVNULL)
-        (folder,) = Path(runs).iterdir()
-        summary = json.loads((folder / "summary.json").read_text())
-        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            validation = [(int(r["step"]), float(r["val/acc"])) for r in csv.DictReader(file) if r.get("val/acc")]
-    return {
-        "command": " ".join(["python", *words]),
-        "arch": arch,
-        "lr": rate,
-        "test_accuracy": summary["metrics"]["test"]["acc"],
-        "steps": summary["steps"],
-        "steps_to_90": next((step for step, accuracy in validation if accuracy >= 0.9), None),
-        "wall_seconds": summary["wall_seconds"],
-        "params": summary["params"],
-        "validation": validation,
-    }
+    """One run, and the first validation that passes .9."""
+    row = run([f"arch={arch}", f"optim.lr={rate:g}", "trainer.stop_at=0.995", *more], "acc", quiet=True)
+    steps_to_90 = next((step for step, accuracy in row["validation"] if accuracy >= 0.9), None)
+    return {"arch": arch, "lr": rate, "steps_to_90": steps_to_90} | row
 
 
 def show(rows: list[dict]) -> None:
@@ -59,7 +41,7 @@ def show(rows: list[dict]) -> None:
 
 
 def _cell(row: dict) -> str:
-    return f"{row['test_accuracy']:.3f} ({'never' if row['steps_to_90'] is None else row['steps_to_90']})"
+    return f"{row['test']:.3f} ({'never' if row['steps_to_90'] is None else row['steps_to_90']})"
 
 
 def main() -> None:
@@ -76,7 +58,7 @@ def main() -> None:
             rows = [old for old in rows if (old["arch"], old["lr"]) != (arch, rate)] + [row]
             args.out.parent.mkdir(exist_ok=True)
             args.out.write_text(json.dumps({"machine": machine_info(), "runs": rows}, indent=2) + "\n")
-            print(f"{arch} lr {rate:g}: {_cell(row)} in {row['wall_seconds']:.0f} s", flush=True)
+            print(f"{arch} lr {rate:g}: {_cell(row)} in {row['seconds']:.0f} s", flush=True)
     show(rows)
 
 
