@@ -21,7 +21,7 @@ from zoo.eval.measure import machine_info
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ["transformer", "mamba", "mamba2", "rwkv4", "rwkv7", "hybrid"]
-RATES = [1e-3, 2e-3, 4e-3]
+RATES = [1e-3, 2e-3, 5e-3]
 
 
 def train(arch: str, rate: float, more: list[str]) -> dict:
