@@ -31,7 +31,6 @@ FLAGS = ("contract",)
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(FLAGS)}
 
 _BELOW = [Path(__file__), Path(__file__).with_name("matrix.py")]
-_DIGEST = f"{zlib.crc32(b''.join(path.read_bytes() for path in _BELOW)):08x}"
 
 inlined = njit(**OPTIONS, forceinline=True)
 """Decorates a helper of a kernel's inner loop."""
@@ -39,9 +38,11 @@ inlined = njit(**OPTIONS, forceinline=True)
 
 def jit(function: Any) -> Any:
     """Decorates a kernel: compiled at its first call, then kept on disk."""
-    # Numba's cache watches the kernel's own file alone; under a name with these files' digest the kernel is compiled
-    # again when the vectors and small matrices change below it.
-    function.__qualname__ += f"_{_DIGEST}"
+    # Numba's cache watches the kernel's own file alone; under a name with a digest of the files that it builds on, the
+    # kernel is compiled again when a constant of its folder, or the vectors and small matrices below it, change.
+    folder = Path(function.__code__.co_filename).parent
+    sources = b"".join(path.read_bytes() for path in [*_BELOW, *sorted(folder.glob("*.py"))])
+    function.__qualname__ += f"_{zlib.crc32(sources):08x}"
     return njit(**OPTIONS, cache=True)(function)
 
 
