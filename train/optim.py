@@ -25,9 +25,7 @@ SCHEDULES = {
 class OptimConfig(Settings):
     """AdamW (arXiv 1711.05101) with a warm-up and a schedule, stepped once per optimiser step."""
 
-    lr: float | None = setting(
-        None, "peak learning rate; null: what dataset and architecture recommend", above=0
-    )
+    lr: float | None = setting(None, "peak learning rate; null: what dataset and architecture recommend", above=0)
     weight_decay: float = setting(0.1, "decay of matrices; norms, biases, embeddings and marked ones never", minimum=0)
     beta1: float = setting(0.9, "decay of the running mean of gradients", minimum=0, maximum=0.9999)
     beta2: float = setting(0.95, "decay of the running mean of squared gradients", minimum=0, maximum=0.9999)
