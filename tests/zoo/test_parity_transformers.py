@@ -1,5 +1,6 @@
 """Logits, loss and every gradient against `transformers`, with copied random weights: an oracle nobody here wrote."""
 
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -137,7 +138,7 @@ def mamba2(ours: zoo.Model) -> tuple[nn.Module, dict[str, str]]:
             num_heads=c.n_heads,
             head_dim=c.d_inner // c.n_heads,
             n_groups=c.n_groups,
-            time_step_limit=(c.dt_limit_min, c.dt_limit_max),
+            time_step_limit=(c.dt_limit_min, c.dt_limit_max or math.inf),
             layer_norm_epsilon=c.norm_eps,
             tie_word_embeddings=c.tie_embeddings,
             use_cache=False,

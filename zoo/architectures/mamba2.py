@@ -29,7 +29,7 @@ class Mamba2Config(StateSpaceConfig):
     head_dim: int | None = setting(None, "head width P; null: the largest divisor of the inner width in 64", minimum=1)
     n_groups: int = setting(1, "groups of heads that share input and output maps", minimum=1)
     dt_limit_min: float = setting(0.0, "smallest step size", minimum=0)
-    dt_limit_max: float = setting(math.inf, "largest step size", above=0)
+    dt_limit_max: float | None = setting(None, "largest step size; null: no limit", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,7 +37,7 @@ class Mamba2Config(StateSpaceConfig):
             self.fail("head_dim", f"expected a divisor of the inner width, expand * d_model = {self.d_inner}")
         if self.n_heads % self.n_groups:
             self.fail("n_groups", f"expected a divisor of the number of heads, {self.n_heads}")
-        if self.dt_limit_max < self.dt_limit_min:
+        if self.dt_limit_max is not None and self.dt_limit_max < self.dt_limit_min:
             self.fail("dt_limit_max", f"expected at least dt_limit_min={self.dt_limit_min:g}")
 
     @property
@@ -70,7 +70,7 @@ class Mamba2(Mixer):
         self.shape = (config.n_heads, d_inner // config.n_heads, config.d_state)  # H, P, N
         self.splits = [d_inner, groups, groups]
         self.n_groups, self.norm_eps = config.n_groups, config.norm_eps
-        self.dt_limit = (config.dt_limit_min, config.dt_limit_max)
+        self.dt_limit = (config.dt_limit_min, config.dt_limit_max or math.inf)
         self.backend = config.backend
         # Gate, then what the convolution sees (input, B, C), then the step sizes.
         self.in_splits = [d_inner, d_inner + 2 * groups, config.n_heads]
