@@ -26,6 +26,8 @@ else:
     from zoo.kernels.selective_scan.op import selective_scan
     from zoo.kernels.ssd.op import flops as ssd_flops
     from zoo.kernels.ssd.op import ssd
+    from zoo.kernels.token_shift.op import flops as token_shift_flops
+    from zoo.kernels.token_shift.op import token_shift
     from zoo.kernels.wkv4.op import flops as wkv4_flops
     from zoo.kernels.wkv4.op import wkv4
     from zoo.kernels.wkv7.op import flops as wkv7_flops
@@ -39,6 +41,8 @@ else:
         "selective_scan_flops",
         "ssd",
         "ssd_flops",
+        "token_shift",
+        "token_shift_flops",
         "used",
         "wkv4",
         "wkv4_flops",

@@ -85,9 +85,9 @@ class RWKV4(RWKVMixer):
         return TimeMixState(last, wkv4_initial_state(batch_size, self.time_decay.shape[0], device=device))
 
     def flops(self, seq_len: int) -> int:
-        """Four projections and the running average."""
+        """The token shift, four projections and the running average."""
         d_model = self.time_decay.shape[0]
-        return 8 * seq_len * d_model**2 + wkv4_flops(1, seq_len, d_model)
+        return self.shift.flops(seq_len) + 8 * seq_len * d_model**2 + wkv4_flops(1, seq_len, d_model)
 
     def state_size(self, seq_len: int) -> int:
         """4 D, whatever the length."""

@@ -182,11 +182,11 @@ class RWKV7(RWKVMixer):
         return RWKV7State(last, torch.zeros(shape, device=device, dtype=torch.float32))
 
     def flops(self, seq_len: int) -> int:
-        """Four projections, three or four low-rank ones, and the recurrence."""
+        """The token shift, four projections, three or four low-rank ones, and the recurrence."""
         low_rank = [part for part in (self.decay, self.rate, self.gate, self.residual) if part is not None]
         recurrence = wkv7_flops(1, seq_len, self.n_heads, self.head_dim, self.head_dim)
         projections = 8 * seq_len * (self.n_heads * self.head_dim) ** 2
-        return projections + sum(part.flops(seq_len) for part in low_rank) + recurrence
+        return self.shift.flops(seq_len) + projections + sum(part.flops(seq_len) for part in low_rank) + recurrence
 
     def state_size(self, seq_len: int) -> int:
         """D + H K K, whatever the length."""

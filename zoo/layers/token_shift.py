@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zoo.kernels import token_shift, token_shift_flops
 from zoo.mixer import no_weight_decay
 
 
@@ -34,13 +35,8 @@ class TokenShift(nn.Module):
         """Maps (B, T, D) to M tensors of that shape, and the state to the next (None if none went in)."""
         if self.mu is None:
             return (x,) * self.n_mixes, last
-        before = x.new_zeros(x.shape[0], 1, x.shape[2]) if last is None else last.to(x.dtype)[:, None]
-        shifted = torch.cat((before, x[:, :-1]), dim=1)  # (B, T, D)
-        if segment_ids is not None:
-            begins = segment_ids[:, 1:] != segment_ids[:, :-1]  # (B, T-1); the first token's state is the shell's duty
-            shifted = torch.cat((shifted[:, :1], shifted[:, 1:].masked_fill(begins[..., None], 0)), dim=1)
-        mixes = tuple(torch.lerp(x, shifted, mu) for mu in self.mu.to(x.dtype))
-        return mixes, None if last is None else x[:, -1].to(last.dtype, copy=True)
+        mixes, final = token_shift(x, self.mu, initial_state=last, segment_ids=segment_ids)
+        return mixes, None if last is None else final.to(last.dtype)
 
     def init_state(self, batch_size: int, device: torch.device | None, dtype: torch.dtype | None) -> Tensor:
         """The token before the first, (B, D) zeros; (B, 0) where the shift is off."""
@@ -49,3 +45,7 @@ class TokenShift(nn.Module):
     def state_size(self) -> int:
         """Elements of one sequence's state."""
         return 0 if self.mu is None else self.d_model
+
+    def flops(self, seq_len: int) -> int:
+        """Forward operations of one sequence; none where the shift is off."""
+        return 0 if self.mu is None else token_shift_flops(1, seq_len, self.d_model, self.n_mixes)
