@@ -2,7 +2,14 @@
 
 import sys
 
-from zoo.train.cli import main
+from zoo.console import run_cli
+
+
+def _main() -> int:
+    from zoo.train.cli import main  # here, because Ctrl-C may come in the seconds that this import takes
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_cli(_main))

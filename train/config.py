@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize
@@ -13,13 +15,14 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from zoo.kernels.errors import ConfigError
 from zoo.registry import architecture, list_models
-from zoo.settings import Settings, setting
+from zoo.settings import Settings, field_types, setting
 from zoo.train.data import DataConfig, get_data, list_data
 from zoo.train.optim import OptimConfig
 
 S = TypeVar("S", bound=Settings)
 CONFIG_NAME = "train"
 DEFAULT_ARCH, DEFAULT_DATA = "mamba", "mqar"
+BASELINE = "transformer"
 PRECISIONS = ("fp32", "bf16-mixed", "fp16-mixed")
 
 
@@ -58,10 +61,13 @@ OPTIMISERS = {"adamw": (OptimConfig(), "AdamW with warm-up and a schedule")}
 class RunConfig(Settings):
     """Where a run goes."""
 
-    seed: int = setting(0, "seed of the weights, of dropout and of the order of the data", minimum=0)
+    seed: int = setting(0, "seed of the weights, of dropout and of the order of the data", minimum=0, maximum=2**63 - 1)
     name: str | None = setting(None, "name of the run's folder; null: made from the settings")
     runs_dir: str = setting("runs", "folder of the runs")
-    resume: bool = setting(False, "go on with the newest run of this name and these settings, if there is one")
+    resume: bool = setting(
+        False,
+        "go on with the newest run of this name, if any; its settings must be these",
+    )
 
 
 @dataclass(kw_only=True)
@@ -108,7 +114,8 @@ class _Root(RunConfig):
     data: Any = MISSING
     trainer: TrainerConfig = MISSING
     optim: OptimConfig = MISSING
-    # A run keeps its own folder: Hydra neither makes one nor copies configs and logs.
+    # A run keeps its own folder: Hydra neither makes one nor copies configs and logs. Of a sweep it writes one file,
+    # runs_dir/multirun.yaml, with the words of its command line.
     hydra: Any = field(
         default_factory=lambda: {
             "output_subdir": None,
@@ -155,6 +162,9 @@ def from_hydra(config: DictConfig) -> TrainConfig:
         ConfigError: A value is out of its range; the message names the full key.
     """
     tree = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+    for name in ("arch", "data", "trainer", "optim"):
+        if not isinstance(tree.get(name), dict):
+            raise ConfigError(f"~{name} takes away what every run needs: leave it out")
     groups = {name: dict(tree.pop(name)) for name in ("arch", "data", "trainer", "optim")}
     arch, data = groups["arch"].pop("name"), groups["data"].pop("name")
     run = _build("", RunConfig, tree)
@@ -182,7 +192,12 @@ def _build(group: str, settings: type[S], values: dict[str, Any]) -> S:
 
 
 def _named(name: str, settings: type[Any]) -> type[Any]:
-    """The settings class with one more field, the name that it was chosen by."""
-    return dataclasses.make_dataclass(
-        settings.__name__, [("name", str, field(default=name))], bases=(settings,), kw_only=True
-    )
+    """The settings class with one more field, the name that it was chosen by, and mappings that take new keys."""
+    fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
+    for mapping in dataclasses.fields(settings):
+        if typing.get_origin(field_types(settings)[mapping.name]) is dict:
+            assert mapping.default_factory is not dataclasses.MISSING
+            default = mapping.default_factory()
+            open_mapping = partial(DictConfig, default, flags={"struct": False})
+            fields.append((mapping.name, Any, field(default_factory=open_mapping)))
+    return dataclasses.make_dataclass(settings.__name__, fields, bases=(settings,), kw_only=True)

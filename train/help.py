@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 from zoo.config import ModelConfig
-from zoo.registry import architecture, list_models
+from zoo.registry import architecture, first_line, list_models
 from zoo.settings import Settings, describe_settings
 from zoo.train.config import DEFAULT_ARCH, DEFAULT_DATA, OPTIMISERS, TRAINERS, RunConfig, TrainerConfig
 from zoo.train.data import get_data, list_data
@@ -37,7 +36,8 @@ examples:
 
 def help_text(arguments: Sequence[str] = ()) -> str:
     """Examples, then every group and setting; those of one architecture and one dataset, chosen as in a run."""
-    chosen = dict(word.split("=", 1) for word in arguments if "=" in word)
+    # Of a sweep, the first.
+    chosen = {key: value.partition(",")[0] for key, value in (word.split("=", 1) for word in arguments if "=" in word)}
     arch, data = chosen.get("arch", DEFAULT_ARCH), chosen.get("data", DEFAULT_DATA)
     shared = {field.name for field in dataclasses.fields(ModelConfig)}
     sections = [
@@ -46,7 +46,7 @@ def help_text(arguments: Sequence[str] = ()) -> str:
         + _rows(
             [
                 *_options("arch", DEFAULT_ARCH, {name: architecture(name).summary for name in list_models()}),
-                *_options("data", DEFAULT_DATA, {name: _first_line(get_data(name).source) for name in list_data()}),
+                *_options("data", DEFAULT_DATA, {name: first_line(get_data(name).source) for name in list_data()}),
                 *_options("trainer", "auto", {name: text for name, (_, text) in TRAINERS.items()}),
                 *_options("optim", "adamw", {name: text for name, (_, text) in OPTIMISERS.items()}),
             ]
@@ -55,7 +55,8 @@ def help_text(arguments: Sequence[str] = ()) -> str:
         "settings of every architecture:\n" + _rows(_settings("arch.", ModelConfig)),
         f"settings of arch={arch} (another: arch=... --help):\n"
         + _rows([row for row in _settings("arch.", architecture(arch).config) if row[0][5:] not in shared]),
-        f"settings of data={data} (another: data=... --help):\n" + _rows(_settings("data.", get_data(data).config)),
+        f"settings of data={data} (null: its own choice; another: data=... --help):\n"
+        + _rows(_settings("data.", get_data(data).config)),
         "settings of the trainer:\n" + _rows(_settings("trainer.", TrainerConfig)),
         "settings of the optimiser:\n" + _rows(_settings("optim.", OptimConfig)),
         "ZOO_DEBUG=1 shows tracebacks. Hydra's own options: --hydra-help.",
@@ -71,10 +72,6 @@ def _options(group: str, default: str, options: dict[str, str]) -> list[tuple[st
 def _settings(prefix: str, settings: type[Settings]) -> list[tuple[str, str, str]]:
     words = {"True": "true", "False": "false"}  # as on the command line
     return [(prefix + name, words.get(default, default), text) for name, default, text in describe_settings(settings)]
-
-
-def _first_line(thing: Any) -> str:
-    return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
 def _rows(rows: Sequence[tuple[str, str, str]]) -> str:

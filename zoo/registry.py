@@ -30,7 +30,12 @@ class Architecture:
     @property
     def summary(self) -> str:
         """First line of the mixer's docstring."""
-        return (self.mixer.__doc__ or "").strip().partition("\n")[0]
+        return first_line(self.mixer)
+
+
+def first_line(thing: object) -> str:
+    """The first line of a class's docstring."""
+    return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
 _REGISTRY: dict[str, Architecture] = {}

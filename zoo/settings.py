@@ -67,8 +67,8 @@ class Settings:
         if value is None:
             return value
         limits = field.metadata
-        if isinstance(value, float) and math.isnan(value):
-            self.fail(field.name, "expected a number")
+        if isinstance(value, float) and not math.isfinite(value):
+            self.fail(field.name, "expected a finite number")
         if limits.get("choices") is not None and value not in limits["choices"]:
             self.fail(field.name, did_you_mean(str(value), map(str, limits["choices"])))
         if limits.get("minimum") is not None and value < limits["minimum"]:
@@ -76,7 +76,8 @@ class Settings:
         if limits.get("above") is not None and value <= limits["above"]:
             self.fail(field.name, f"expected more than {limits['above']:g}")
         if limits.get("maximum") is not None and value > limits["maximum"]:
-            self.fail(field.name, f"expected at most {limits['maximum']:g}")
+            largest = limits["maximum"]
+            self.fail(field.name, f"expected at most {largest if isinstance(largest, int) else f'{largest:g}'}")
         return value
 
     def fail(self, name: str, expected: str) -> typing.NoReturn:
@@ -174,10 +175,14 @@ def _parse(text: str) -> Any:
 
 
 def describe_settings(settings: type[Settings]) -> list[tuple[str, str, str]]:
-    """Name, default and help of each field, for a help page."""
+    """Name, default and help (with the choices, where the help names not all of them) of each field."""
     rows = []
     for field in dataclasses.fields(settings):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         shown = "" if default is dataclasses.MISSING else "null" if default is None else str(default)
-        rows.append((field.name, shown, field.metadata.get("help", "")))
+        text = field.metadata.get("help", "")
+        choices = [str(choice) for choice in field.metadata.get("choices") or ()]
+        if not all(choice in text for choice in choices):
+            text += f"; {' or '.join(choices)}"
+        rows.append((field.name, shown, text))
     return rows

@@ -137,7 +137,7 @@ def get_data(name: str) -> Entry:
         ConfigError: there is none; the message names near misses.
     """
     if name not in _REGISTRY:
-        raise ConfigError(f"unknown dataset data={name}: {did_you_mean(name, _REGISTRY)}")
+        raise ConfigError(f"no dataset {name!r}: {did_you_mean(name, _REGISTRY)}")
     return _REGISTRY[name]
 
 

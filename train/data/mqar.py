@@ -90,11 +90,15 @@ def generate(
     return inputs, targets
 
 
+def _check_even(seq_len: int) -> None:
+    if seq_len % 2:
+        raise ConfigError(f"data.seq_len={seq_len}: expected an even number")
+
+
 def _check(seq_len: int, num_pairs: int, vocab_size: int, power_a: float) -> None:
     if num_pairs < 1:
         raise ConfigError(f"data.num_pairs={num_pairs}: expected at least 1")
-    if seq_len % 2:
-        raise ConfigError(f"data.seq_len={seq_len}: expected an even number")
+    _check_even(seq_len)
     if seq_len < 4 * num_pairs:
         raise ConfigError(
             f"data.seq_len={seq_len} is too short for data.num_pairs={num_pairs}: expected at least {4 * num_pairs}"
@@ -243,6 +247,7 @@ class MQARConfig(DataConfig):
         segments: tuple[Segment, ...] = getattr(self.base, split)
         if self.seq_len is not None or self.num_pairs is not None:
             seq_len = _given(self.seq_len, segments[0].seq_len)
+            _check_even(seq_len)
             num_pairs = self.base.lines.get(seq_len) if self.num_pairs is None else self.num_pairs
             if num_pairs is None:
                 known = ", ".join(f"{length} with {pairs} pairs" for length, pairs in self.base.lines.items())
