@@ -13,9 +13,9 @@ import torch
 
 from zoo.train.checkpoint import Checkpoints
 from zoo.train.config import TrainerConfig
-from zoo.train.data import BatchHash, DataModule
+from zoo.train.data import Batch, BatchHash, DataModule
 from zoo.train.meters import TrainingMeter
-from zoo.train.module import Batch, SequenceModule
+from zoo.train.module import SequenceModule
 
 WARMUP_STEPS = 5
 """Steps after each start that the meter leaves out: kernels are compiled in them and memory pools grow."""
@@ -68,7 +68,7 @@ class Books(L.Callback):
         self.tokens += tokens
         self.batches += 1
         self._steps_here += 1
-        self._hash.update(batch)  # type: ignore[arg-type]
+        self._hash.update(batch)
         if self.batches & (self.batches - 1) == 0:
             self.prefix_hashes[str(self.batches)] = self.batch_hash
 

@@ -12,11 +12,20 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from zoo.kernels.errors import CheckpointError
+from zoo.train.folder import CHECKPOINT_FILES
 from zoo.train.module import SequenceModule
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, then renames. Lightning's own writer moves the file from another folder instead."""
+    """Writes beside the target, then renames. Lightning's own writer moves the file from another folder instead.
+
+    Args:
+        module: What is saved, and what a checkpoint must fit when one is read.
+    """
+
+    def __init__(self, module: SequenceModule) -> None:
+        super().__init__()
+        self.module = module
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -25,32 +34,53 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + ".part")
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except Exception:
+            part.unlink(missing_ok=True)  # half a file would keep a full disk full
+            raise
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Reads a checkpoint; see the function of that name."""
-        return load_checkpoint(Path(path))
+        return load_checkpoint(Path(path), self.module)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU.
+def load_checkpoint(path: Path, module: SequenceModule) -> dict[str, Any]:
+    """Reads a checkpoint of `module` onto the CPU.
 
     Raises:
-        CheckpointError: It cannot be read.
+        CheckpointError: It cannot be read, is no checkpoint of a run, or is one of another model.
     """
+    mend = "delete it, the one before it is used then"
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises nearly anything for a damaged file
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}): {mend}") from error
+    if not isinstance(checkpoint, dict) or _KEYS - checkpoint.keys():
+        what = f"a dictionary of {list(checkpoint)[:4]}" if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(f"{path} holds {what}, not the checkpoint of a run: {mend}")
+    expected, found = _shapes(module.state_dict()), _shapes(checkpoint["state_dict"])
+    if found != expected:
+        name = sorted(found.items() ^ expected.items())[0][0]
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}): delete it, the one before it is used then"
-        ) from error
+            f"{path} holds another model ({checkpoint.get('architecture', 'unnamed')}: {name} "
+            f"{found.get(name, 'absent')}) than this run's ({module.model.architecture}: "
+            f"{expected.get(name, 'absent')}): {mend}"
+        )
     return checkpoint
+
+
+_KEYS = frozenset({"state_dict", "optimizer_states", "callbacks", "results", "pytorch-lightning_version"})
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 class Checkpoints(L.Callback):
@@ -86,7 +116,7 @@ class Checkpoints(L.Callback):
         trainer.save_checkpoint(self.path(trainer.global_step))
         if not trainer.is_global_zero:
             return
-        files = sorted(self.folder.glob("step-*.ckpt"))
+        files = sorted(self.folder.glob(CHECKPOINT_FILES))
         for file in files[: -self.keep]:
             if file != self.path(self.best_step):
                 file.unlink()

@@ -48,7 +48,8 @@ def describe_device(device: torch.device) -> str:
     """The device in words: "cuda: NVIDIA H100 80GB HBM3", "cpu: AMD EPYC 9454, 2 threads"."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"cpu: {_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"cpu: {_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _cpu_name() -> str:

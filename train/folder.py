@@ -16,7 +16,9 @@ from zoo.kernels.errors import CheckpointError, ConfigError
 
 # These say where a run goes and whether it goes on, not what it computes.
 PLACE_KEYS = frozenset({"name", "runs_dir", "resume"})
+CHECKPOINT_FILES = f"step-{'[0-9]' * 9}.ckpt"
 _LONGEST_NAME = 60
+_CHANGES_TOLD = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class RunFolder:
         replace_text(self.config, OmegaConf.to_yaml(OmegaConf.create(tree)))
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary; None where it is missing or unreadable."""
+        """The summary; None where it is missing or damaged."""
         try:
             summary = json.loads(self.summary.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -76,14 +78,18 @@ class RunFolder:
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step, or None."""
-        return max(self.checkpoints.glob("step-*.ckpt"), default=None)
+        return max(self.checkpoints.glob(CHECKPOINT_FILES), default=None)
 
 
 def replace_text(path: Path, text: str) -> None:
     """Writes a file so that it is complete or as before, also when the process is killed."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def default_name(tree: dict[str, Any], defaults: dict[str, Any]) -> str:
@@ -133,7 +139,8 @@ def find(runs_dir: Path, name: str | None, fallback: str, tree: dict[str, Any]) 
     """The newest run of that name with the same settings; None if there is no run of that name.
 
     Raises:
-        CheckpointError: There are runs of that name, all with other settings; the message says which differ.
+        CheckpointError: There are runs of that name, all with other settings, or with settings that cannot be read; the
+            message says which differ.
     """
     if name:
         paths = [runs_dir / name]
@@ -142,25 +149,40 @@ def find(runs_dir: Path, name: str | None, fallback: str, tree: dict[str, Any]) 
         matches = [(path, pattern.fullmatch(path.name)) for path in runs_dir.glob(f"{fallback}*")]
         numbered = [(int(match[1] or 1), path) for path, match in matches if match]
         paths = [path for _, path in sorted(numbered, reverse=True)]
-    found = [(RunFolder(path), config) for path in paths if (config := RunFolder(path).read_config()) is not None]
-    for folder, config in found:
-        if not different_keys(config, tree):
+    # Without a name, a folder without settings is left alone: killed at its very start, or none of ours.
+    folders = [folder for folder in map(RunFolder, paths) if folder.path.is_dir() and (name or folder.config.exists())]
+    configs = [(folder, folder.read_config()) for folder in folders]
+    for folder, config in configs:
+        if config and not different_keys(config, tree):
             return folder
-    if found:
-        folder, config = found[0]
-        changes = ", ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in different_keys(config, tree)[:4])
+    for folder, config in configs:
+        if not config:
+            raise CheckpointError(
+                f"resume=true: {folder.config} is {'damaged' if folder.config.exists() else 'missing'}, so that nobody "
+                f"knows whether its settings are these: restore it, or start another run with name=..."
+            )
+    if configs:
+        folder, changes = folders[0], different_keys(configs[0][1] or {}, tree)
+        told = ", ".join(f"{key}: {old} there, {new} now" for key, old, new in changes[:_CHANGES_TOLD])
+        more = f" and {len(changes) - _CHANGES_TOLD} more" if len(changes) > _CHANGES_TOLD else ""
         raise CheckpointError(
-            f"resume=true: {folder.path} was run with other settings ({changes}): "
+            f"resume=true: {folder.path} was run with other settings ({told}{more}): "
             f"repeat its command, or start anew without resume"
         )
     return None
 
 
-def different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The settings that differ, as (dotted key, old, new); the place of a run does not count."""
+def different_keys(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The settings that differ, as (dotted key, old, new) in words; the place of a run does not count."""
     flat_old, flat_new = _flat(old), _flat(new)
     keys = [key for key in {**flat_old, **flat_new} if key not in PLACE_KEYS]
-    return [(key, flat_old.get(key), flat_new.get(key)) for key in keys if flat_old.get(key) != flat_new.get(key)]
+    return [
+        (key, _shown(flat_old, key), _shown(flat_new, key)) for key in keys if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "no such setting"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

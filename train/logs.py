@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zoo.train.callbacks import Books
+from zoo.train.data import Batch
 from zoo.train.folder import replace_text
-from zoo.train.module import Batch, SequenceModule
+from zoo.train.module import SequenceModule
 
 
 class MetricsFile(Logger):
@@ -25,7 +26,7 @@ class MetricsFile(Logger):
 
     Args:
         path: The file.
-        resumed_step: Rows of an earlier process after this step are dropped, because they are made again.
+        resumed_step: Rows of an earlier process after this step, and of its test, are dropped: they are made again.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
@@ -34,8 +35,8 @@ class MetricsFile(Logger):
         self.rows: list[dict[str, str]] = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
-                # A row cut short by a kill has no usable step.
-                self.rows = [row for row in csv.DictReader(file) if 0 < _step(row) <= resumed_step]
+                # A row cut short by a kill has no usable step; the test is made again.
+                self.rows = [row for row in csv.DictReader(file) if 0 < _step(row) <= resumed_step and not _tests(row)]
         self.columns = ["step"]
         self._write_all()
 
@@ -69,6 +70,10 @@ class MetricsFile(Logger):
         writer.writeheader()
         writer.writerows(self.rows)
         replace_text(self.path, text.getvalue().replace("\r\n", "\n"))
+
+
+def _tests(row: dict[str, Any]) -> bool:
+    return any(value and str(name).startswith("test/") for name, value in row.items())
 
 
 def _step(row: dict[str, Any]) -> int:

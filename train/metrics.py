@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-IGNORED = -100
-"""Target of a position that is neither learnt nor scored."""
+from zoo.train.data.stream import IGNORE
 
 
 class TokenMetrics(Metric):
@@ -50,13 +49,11 @@ class TokenMetrics(Metric):
 
         Args:
             logits: (B, L, V).
-            targets: (B, L), `IGNORED` where there is no label.
+            targets: (B, L), `IGNORE` where there is no label.
             slices: For each slice the value of each example, (B,).
         """
-        labelled = targets != IGNORED  # (B, L)
-        losses = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        )
+        labelled = targets != IGNORE  # (B, L)
+        losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
         right = (logits.argmax(-1) == targets) & labelled  # (B, L)
         labels = labelled.sum(1)  # (B,)
         has_label = labels > 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -15,21 +15,12 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import NotRequired
 
 from zoo.model import Model, ModelOutput
+from zoo.train.data.stream import IGNORE, Batch
 from zoo.train.errors import NonFiniteError
-from zoo.train.metrics import IGNORED, TokenMetrics
+from zoo.train.metrics import TokenMetrics
 from zoo.train.optim import OptimConfig, build_optimizer, first_nonfinite_gradient
-
-
-class Batch(TypedDict):
-    """What a data module yields; `targets[b, i]` is what the logits at `[b, i]` must predict."""
-
-    inputs: Tensor
-    targets: Tensor
-    segment_ids: NotRequired[Tensor]
-    slices: NotRequired[dict[str, Tensor]]
 
 
 class SequenceModule(L.LightningModule):
@@ -76,8 +67,8 @@ class SequenceModule(L.LightningModule):
         logits = output.logits.flatten(0, 1).float()  # (B*L, V)
         targets = batch["targets"].flatten()  # (B*L,)
         # Written out because the mean of no labels at all is NaN; such a batch must teach nothing instead.
-        labels = (targets != IGNORED).sum().clamp(min=1)
-        cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / labels
+        labels = (targets != IGNORE).sum().clamp(min=1)
+        cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / labels
         return {"cross_entropy": cross_entropy, **output.losses}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -140,8 +131,9 @@ class SequenceModule(L.LightningModule):
         self._finish("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the metrics, which a resumed run may need before it makes new ones."""
+        """Adds the metrics, which a resumed run may need before it makes new ones, and whose weights these are."""
         checkpoint["results"] = self.results
+        checkpoint["architecture"] = self.model.architecture
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the metrics back."""

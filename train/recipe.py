@@ -12,9 +12,7 @@ class Recipe:
     Attributes:
         max_steps: optimiser steps after which a small model has learnt it.
         lr: peak learning rate.
-        val_every: steps between validations; None: ten validations in all.
     """
 
     max_steps: int = 2_000
     lr: float = 1e-3
-    val_every: int | None = None

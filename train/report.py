@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from zoo import kernels
-from zoo.registry import list_models
 from zoo.train.callbacks import Books
 from zoo.train.checkpoint import Checkpoints
-from zoo.train.config import TrainConfig
+from zoo.train.config import BASELINE, DEFAULT_ARCH, TrainConfig
 from zoo.train.data import DataModule
 from zoo.train.environment import describe_device, git_commit, versions
 from zoo.train.folder import RunFolder
@@ -87,6 +86,21 @@ def summarise(
     }
 
 
+# fmt: off
+_PRINTED = {
+    "arch", "data", "seed", "status", "best_step", "steps", "params", "tokens_per_second", "peak_memory_bytes",
+    "wall_seconds", "device", "dtype", "backends", "folder", "text", "levels", "metrics",
+}
+# fmt: on
+
+
+def is_finished(summary: dict[str, Any] | None) -> bool:
+    """Whether a summary read from a file is that of a finished run, with all that `print_table` shows."""
+    if summary is None or summary.get("status") != "finished" or _PRINTED - summary.keys():
+        return False
+    return isinstance(summary["metrics"], dict) and {"val", "test"} <= summary["metrics"].keys()
+
+
 def print_table(console: Console, summary: dict[str, Any]) -> None:
     """The end of a run on one screen: what came out, what it cost, where it is, what to do next."""
     metrics = summary["metrics"]
@@ -117,9 +131,10 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
     table.add_row("device", f"{summary['device']}, {summary['dtype']}")
     backends = ", ".join(f"{operator}: {backend}" for operator, backend in summary["backends"].items())
     table.add_row("kernels", backends or "torch's own")
-    table.add_row("folder", summary["folder"])
-    table.add_row("next", _next_command(summary))
     console.print(table, highlight=False)
+    # Below the table and on one line each, however long, so that they can be copied.
+    for name, line in (("folder", summary["folder"]), ("next", _next_command(summary))):
+        console.print(f"{name}: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _next_command(summary: dict[str, Any]) -> str:
@@ -127,5 +142,5 @@ def _next_command(summary: dict[str, Any]) -> str:
         return "the same command with resume=true"
     if summary["text"]:
         return f'python -m zoo generate model={summary["folder"]} prompt="def "'
-    other = next((name for name in list_models() if name != summary["arch"]), summary["arch"])
+    other = BASELINE if summary["arch"] != BASELINE else DEFAULT_ARCH
     return f"python -m zoo.train arch={other} data={summary['data']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -21,18 +22,18 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
 from zoo.checkpoint import save_pretrained
-from zoo.kernels.errors import ConfigError
+from zoo.kernels.errors import BackendError, ConfigError
 from zoo.model import create_model
 from zoo.registry import architecture
 from zoo.train.callbacks import Books, Signals, StopRequested, StopRules
 from zoo.train.checkpoint import AtomicCheckpointIO, Checkpoints, load_checkpoint
 from zoo.train.config import OptimConfig, TrainConfig
 from zoo.train.data import DataModule, Source, get_data
-from zoo.train.errors import Interrupted, NonFiniteError, RunError
+from zoo.train.errors import Interrupted, NonFiniteError, RunError, foreseen
 from zoo.train.folder import RunFolder, claim, default_name, find
 from zoo.train.logs import MetricsFile, RunLog
 from zoo.train.module import SequenceModule
-from zoo.train.report import print_table, summarise
+from zoo.train.report import is_finished, print_table, summarise
 
 
 def run(config: TrainConfig, *, console: Console | None = None, command: str | None = None) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
     Raises:
         ConfigError, DataError, CheckpointError: The settings do not fit together, the data, or an earlier run.
         NonFiniteError: The loss became infinite or NaN; the last good checkpoint is kept.
-        RunError: Out of memory.
+        BackendError: A backend asked for by name cannot run here.
+        RunError: Out of memory, or out of room on the disk.
         Interrupted: Ctrl-C or SIGTERM; checkpoint and summary are written.
     """
     started = time.monotonic()
@@ -60,17 +62,10 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
     config = decide(config, data.source)
 
     with _deterministic(device), _quiet():
-        # Data and model come before the folder: one that cannot be made leaves no folder behind.
+        # Data and model come before the folder: what cannot be made or run leaves no folder behind.
         data.prepare_data()
         torch.manual_seed(config.seed)
         model = create_model(config.arch, **config.model)
-        folder, earlier = _open(config, data.source.name, fallback)
-        if earlier is not None and earlier["status"] == "finished":
-            console.print(f"{folder.path} is finished already; nothing to resume", soft_wrap=True)
-            print_table(console, earlier)
-            return earlier
-        if config.trainer.compile:
-            model.compile()
         module = SequenceModule(
             model,
             config.optim,
@@ -79,50 +74,75 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
             slice_values=data.source.slice_values,
             bytes_per_label=_bytes_per_label(data.source),
         )
+        _rehearse(module, data, _precision(config.trainer.precision, device), device)
+        folder, earlier = _open(config, data.source.name, fallback)
+        if earlier is not None and is_finished(earlier):
+            console.print(f"{folder.path} is finished already; nothing to resume", soft_wrap=True)
+            print_table(console, earlier)
+            return earlier
+        if config.trainer.compile:
+            model.compile()
         books = Books(data, device, started)
         checkpoints = Checkpoints(folder.checkpoints, config.trainer.keep_checkpoints)
-        resume_from = folder.newest_checkpoint()
-        trainer = _trainer(config, folder, device, books, checkpoints, console, resume_from)
-        console.print(
-            _headline(config, data.source, model, device, folder, resume_from), highlight=False, soft_wrap=True
-        )
-
-        def write_summary(status: str, error: str | None = None) -> dict[str, Any]:
-            summary = summarise(
-                config,
-                folder,
-                module,
-                data,
-                books,
-                checkpoints,
-                step=trainer.global_step,
-                status=status,
-                command=command,
-                error=error,
-            )
-            folder.write_summary(summary)
-            return summary
-
+        told = functools.partial(summarise, config, folder, module, data, books, checkpoints, command=command)
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=resume_from)
-            if checkpoints.best_step != trainer.global_step:
-                module.load_state_dict(load_checkpoint(checkpoints.path(checkpoints.best_step))["state_dict"])
-            trainer.test(module, datamodule=data, verbose=False)
+            resume_from = folder.newest_checkpoint()
+            trainer = _trainer(config, folder, device, module, books, checkpoints, console, resume_from)
+            console.print(
+                _headline(config, data.source, model, device, folder, resume_from), highlight=False, soft_wrap=True
+            )
+            _fit(trainer, module, data, checkpoints, resume_from)
+            codec = data.source.codec
+            save_pretrained(model, folder.model, tokenizer=codec.to_dict() if codec else None)
+            summary = told(step=module.global_step, status="finished")
+            folder.write_summary(summary)
         # Lightning turns a KeyboardInterrupt into SystemExit.
         except (StopRequested, KeyboardInterrupt, SystemExit) as error:
-            write_summary("interrupted")
-            raise Interrupted(trainer.global_step, folder.path) from error
+            _write_if_possible(folder, told(step=module.global_step, status="interrupted"))
+            raise Interrupted(module.global_step, folder.path) from error
         except Exception as error:
-            mended = _explain(error, trainer.global_step, folder)
-            write_summary("failed", str(mended or error))
+            mended = _explain(error, module.global_step, folder)
+            _write_if_possible(folder, told(step=module.global_step, status="failed", error=str(mended or error)))
             if mended is None:
                 raise
             raise mended from error
-        codec = data.source.codec
-        save_pretrained(model, folder.model, tokenizer=codec.to_dict() if codec else None)
-        summary = write_summary("finished")
     print_table(console, summary)
     return summary
+
+
+def _fit(
+    trainer: L.Trainer, module: SequenceModule, data: DataModule, checkpoints: Checkpoints, resume_from: Path | None
+) -> None:
+    """Trains, then tests the best weights, which the module has afterwards."""
+    trainer.fit(module, datamodule=data, ckpt_path=resume_from)
+    if checkpoints.best_step != trainer.global_step:
+        best = load_checkpoint(checkpoints.path(checkpoints.best_step), module)
+        module.load_state_dict(best["state_dict"])
+    trainer.test(module, datamodule=data, verbose=False)
+
+
+def _write_if_possible(folder: RunFolder, summary: dict[str, Any]) -> None:
+    # What ended the run matters more than that its summary, on a full disk perhaps, cannot be written.
+    with contextlib.suppress(OSError):
+        folder.write_summary(summary)
+
+
+@torch.no_grad()
+def _rehearse(module: SequenceModule, data: DataModule, precision: Precision, device: torch.device) -> None:
+    """One forward of two tokens: a backend that cannot run here is refused before anything is written.
+
+    Raises:
+        BackendError: A backend is asked for by name that does not exist or cannot run.
+    """
+    batch = next(iter(data.val_dataloader()))
+    few = {name: batch[name][:1, :2].to(device) for name in ("inputs", "segment_ids") if name in batch}
+    module.to(device)
+    try:
+        with precision.forward_context():
+            module(few)
+    except BackendError as error:
+        reason = str(error).removesuffix("; or pass backend='auto'")
+        raise BackendError(f"{reason}; arch.backend=auto takes one that runs") from error
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -154,7 +174,7 @@ def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
     recipe, trainer = source.recipe, config.trainer
     factor = architecture(config.arch).mixer.learning_rate_factor
     max_steps = trainer.max_steps or recipe.max_steps
-    val_every = min(trainer.val_every or recipe.val_every or math.ceil(max_steps / 10), max_steps)
+    val_every = min(trainer.val_every or math.ceil(max_steps / 10), max_steps)
     return dataclasses.replace(
         config,
         model={**config.model, "vocab_size": vocab_size},
@@ -178,6 +198,7 @@ def _trainer(
     config: TrainConfig,
     folder: RunFolder,
     device: torch.device,
+    module: SequenceModule,
     books: Books,
     checkpoints: Checkpoints,
     console: Console,
@@ -190,7 +211,7 @@ def _trainer(
         accelerator="cuda" if device.type == "cuda" else "cpu",
         devices=1,
         # Without the environment a SLURM job would be requeued and saved by Lightning's rules, not ours.
-        plugins=[_precision(settings.precision, device), AtomicCheckpointIO(), LightningEnvironment()],
+        plugins=[_precision(settings.precision, device), AtomicCheckpointIO(module), LightningEnvironment()],
         max_steps=max_steps,
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
@@ -265,9 +286,7 @@ def _explain(error: Exception, step: int, folder: RunFolder) -> RunError | None:
     if isinstance(error, NonFiniteError):
         kept = folder.newest_checkpoint()
         return error.with_hint(f"{kept} holds the last good weights" if kept else "no checkpoint was written before")
-    if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
-        return RunError(f"out of memory after step {step}: lower data.batch_size and raise trainer.accumulate instead")
-    return None
+    return foreseen(error, f" after step {step}", folder.path)
 
 
 def _decided(value: int | None) -> int:

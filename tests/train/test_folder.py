@@ -94,3 +94,9 @@ def test_the_summary_is_strict_json(tmp_path):
     }
     folder.summary.write_text("{")
     assert folder.read_summary() is None
+
+
+def test_a_long_list_of_changes_says_so_and_names_what_is_not_there(tmp_path):
+    claim(tmp_path, None, "a").write_config(tree() | {"old": 1, "older": {"x": 1, "y": 2, "z": 3}})
+    with pytest.raises(CheckpointError, match=r"\(seed: .*old: 1 there, no such setting now.* and 1 more\)"):
+        find(tmp_path, None, "a", tree(1))

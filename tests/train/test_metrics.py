@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from zoo.train.metrics import IGNORED, TokenMetrics
+from zoo.train.data.stream import IGNORE
+from zoo.train.metrics import TokenMetrics
 
 
 def one_hot_logits(predictions: list[list[int]], vocab: int) -> torch.Tensor:
@@ -16,7 +17,7 @@ def one_hot_logits(predictions: list[list[int]], vocab: int) -> torch.Tensor:
 @pytest.fixture
 def batch():
     """Three examples: all right, half right, no label."""
-    targets = torch.tensor([[IGNORED, 1, 2], [3, 0, IGNORED], [IGNORED] * 3])
+    targets = torch.tensor([[IGNORE, 1, 2], [3, 0, IGNORE], [IGNORE] * 3])
     logits = one_hot_logits([[0, 1, 2], [3, 1, 0], [0, 0, 0]], 4)
     return logits, targets, {"depth": torch.tensor([1, 2, 2])}
 

@@ -1,6 +1,8 @@
 """A run that is killed, interrupted or damaged, and goes on."""
 
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,8 +12,8 @@ import pytest
 import torch
 
 from zoo.kernels.errors import CheckpointError
-from zoo.train.checkpoint import AtomicCheckpointIO, load_checkpoint
-from zoo.train.errors import Interrupted
+from zoo.train.checkpoint import AtomicCheckpointIO
+from zoo.train.errors import Interrupted, RunError
 from zoo.train.folder import RunFolder
 
 from .conftest import MQAR, TINY, same
@@ -117,7 +119,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_in_its_folder(toy,
 
 def test_a_kill_while_writing_leaves_the_older_file(tmp_path, monkeypatch):
     path = tmp_path / "step-000000001.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"a": torch.ones(2)}, path)
+    writer = AtomicCheckpointIO(None)  # what is written need fit no module
+    writer.save_checkpoint({"a": torch.ones(2)}, path)
 
     def half(checkpoint, file):
         file.write(b"PK half a file")
@@ -126,9 +129,9 @@ def test_a_kill_while_writing_leaves_the_older_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     for target in (path, tmp_path / "step-000000002.ckpt"):
         with pytest.raises(KeyboardInterrupt):
-            AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(2)}, target)
+            writer.save_checkpoint({"a": torch.zeros(2)}, target)
     assert list(tmp_path.glob("*.ckpt")) == [path]
-    assert torch.equal(load_checkpoint(path)["a"], torch.ones(2))
+    assert torch.equal(torch.load(path)["a"], torch.ones(2))
 
 
 def test_a_damaged_checkpoint_is_one_line_with_the_mend(toy, train, tmp_path):
@@ -141,3 +144,77 @@ def test_a_damaged_checkpoint_is_one_line_with_the_mend(toy, train, tmp_path):
         train(tmp_path, *words, "resume=true")
     os.unlink(newest)
     assert train(tmp_path, *words, "resume=true").summary["final_loss"] == first.summary["final_loss"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda file, other: torch.save({"a": 1}, file), "holds a dictionary of ['a'], not the checkpoint of a run"),
+        (lambda file, other: torch.save([1], file), "holds list, not the checkpoint of a run"),
+        (lambda file, other: file.write_bytes(other.read_bytes()), "holds another model (transformer: model.blocks.0"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_line_with_the_mend(damage, told, toy, train, tmp_path):
+    words = ("arch=toy", "trainer.max_steps=2", "trainer.val_every=2", "name=x")
+    other = train(tmp_path, "arch=transformer", "trainer.max_steps=2", "trainer.val_every=2")
+    first = train(tmp_path, *words)
+    (first.folder / "summary.json").unlink()
+    newest = RunFolder(first.folder).newest_checkpoint()
+    damage(newest, RunFolder(other.folder).newest_checkpoint())
+    with pytest.raises(CheckpointError, match=re.escape(told)) as caught:
+        train(tmp_path, *words, "resume=true")
+    assert str(caught.value).startswith(str(newest))
+    assert str(caught.value).endswith(": delete it, the one before it is used then")
+
+
+def test_a_file_that_is_named_like_a_checkpoint_only_by_half_is_left_alone(toy, train, tmp_path):
+    words = ("arch=toy", "trainer.max_steps=4", "trainer.val_every=1", "name=x", "trainer.keep_checkpoints=1")
+    first = train(tmp_path, *words)
+    stray = first.folder / "checkpoints" / "step-abc.ckpt"
+    stray.touch()
+    (first.folder / "summary.json").unlink()
+    assert train(tmp_path, *words, "resume=true").summary["final_loss"] == first.summary["final_loss"]
+    assert stray.exists()
+
+
+@pytest.mark.parametrize("text", ["{}", '{"status": "finished"}', "{", '{"status": "finished", "metrics": {}}'])
+def test_a_damaged_summary_is_made_again(text, toy, train, tmp_path):
+    words = ("arch=toy", "trainer.max_steps=2", "name=x")
+    first = train(tmp_path, *words)
+    (first.folder / "summary.json").write_text(text)
+    calls = toy.calls
+    assert train(tmp_path, *words, "resume=true").summary["metrics"] == first.summary["metrics"]
+    assert toy.calls == calls
+
+
+@pytest.mark.parametrize("given", [("name=x",), ()])
+def test_damaged_settings_are_named(given, toy, train, tmp_path):
+    words = ("arch=toy", "trainer.max_steps=2", *given)
+    first = train(tmp_path, *words)
+    (first.folder / "config.yaml").write_text("a: [")
+    with pytest.raises(CheckpointError, match=r"^resume=true: .*config.yaml is damaged, .*restore it, or .* name="):
+        train(tmp_path, *words, "resume=true")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "metrics", "model"])
+def test_a_full_disk_is_one_line_and_loses_nothing(where, toy, train, tmp_path, monkeypatch):
+    words = ("arch=toy", "trainer.max_steps=4", "trainer.val_every=2", "name=x")
+    undisturbed = train(tmp_path, *words[:-1])
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if where == "checkpoint":
+            toy.at_step = lambda mixer, call: call == 7 and patch.setattr("torch.save", full)
+        elif where == "metrics":
+            toy.at_step = lambda mixer, call: call == 7 and patch.setattr("csv.DictWriter.writerow", full)
+        else:
+            patch.setattr("zoo.checkpoint.save_file", full)
+        patch.setattr(RunFolder, "write_summary", full)
+        with pytest.raises(RunError, match=r"^the disk is full after step \d \(.*/x\): make room, .*resume=true$"):
+            train(tmp_path, *words)
+    toy.at_step = None
+    assert not list(tmp_path.rglob("*.part"))
+    assert_equal_runs(train(tmp_path, *words, "resume=true"), undisturbed, 4)

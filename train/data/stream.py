@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     import datasets
 
 Batch = dict[str, Any]
+"""`inputs`, `targets` and, where documents are packed, `segment_ids`; `slices`; see `DataModule`."""
 IGNORE = -100
+"""Target of a position that is neither learnt nor scored."""
 SLICE_PREFIX = "slice_"
 _SEQUENCES = ("inputs", "targets", "segment_ids")
 
