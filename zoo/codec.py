@@ -63,8 +63,8 @@ class ByteCodec(Codec):
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some bytes."""
-        return bytes(tokens).decode(errors="replace")
+        """The text of some bytes; an id that is no byte (of a model with a larger vocabulary) is no UTF-8 either."""
+        return bytes(min(token, 255) for token in tokens).decode(errors="replace")
 
     def encode_document(self, document: bytes) -> tuple[np.ndarray, np.ndarray]:
         """The bytes, one byte each."""
@@ -159,6 +159,8 @@ def codec_from_dict(fields: dict[str, str]) -> Codec:
     Raises:
         DataError: the dictionary is none that `to_dict` makes.
     """
+    if not isinstance(fields, dict):
+        raise DataError(f"unknown codec {fields!r}: expected what a codec's to_dict makes")
     kind = fields.get("kind")
     if kind == "bytes":
         return ByteCodec()
@@ -175,6 +177,8 @@ def load_tokenizer(name: str) -> TokenizerCodec:
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if not (path / "tokenizer.json").is_file():
+            raise DataError(f"data.tokenizer={name}: the folder has no tokenizer.json; name the file or another folder")
         path = path / "tokenizer.json"
     if not path.is_file():
         path = _from_hub(name)
@@ -192,12 +196,31 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
+        ask_hub()
         return Path(hf_hub_download(name, "tokenizer.json"))
     except (OSError, ValueError) as error:  # HTTP, offline, no such repository or file, no valid id
         raise DataError(
             f"data.tokenizer={name}: no such file, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}); give the path of a tokenizer.json or a reachable hub id"
+            f"({type(error).__name__}); give the path of a tokenizer.json, a reachable hub id, or HF_HUB_OFFLINE=1 for "
+            f"one in its cache"
         ) from None
+
+
+def ask_hub() -> None:
+    """Makes sure that the Hugging Face hub answers, whose own functions retry for half a minute before they say so.
+
+    Raises:
+        ConnectionError: It does not; HF_HUB_OFFLINE=1 leaves the question out.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # of whichever library the hub's package asks with
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer") from error
 
 
 def _pieces(text: str) -> list[str]:

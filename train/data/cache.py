@@ -47,16 +47,26 @@ def build(
         with _quiet():
             table = datasets.Dataset.from_generator(rows, features=features, gen_kwargs=arguments)
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ZooError):
-            raise error.__cause__ from None
-        raise
+        cause = error.__cause__
+        if isinstance(cause, ZooError):
+            raise cause from None
+        if not isinstance(cause, OSError):
+            raise
+        raise _unwritable(cause) from error
     except OSError as error:
-        raise DataError(
-            f"cannot write to the datasets cache {datasets.config.HF_DATASETS_CACHE} ({error.strerror}): "
-            "set HF_DATASETS_CACHE to a writable folder with room"
-        ) from None
+        raise _unwritable(error) from error
     _log.debug("table in %s", table.cache_files)
     return table.with_format("arrow")
+
+
+def _unwritable(error: OSError) -> DataError:
+    import datasets
+
+    place = f": {error.filename}" if error.filename else ""
+    return DataError(
+        f"cannot write to the datasets cache {datasets.config.HF_DATASETS_CACHE} ({error.strerror or error}{place}): "
+        "set HF_DATASETS_CACHE to a writable folder with room"
+    )
 
 
 def token_types(vocab_size: int) -> tuple[str, str]:

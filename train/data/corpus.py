@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zoo.codec import ask_hub
 from zoo.kernels.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def files_corpus(name: str, root: Path, files: list[Path], shares: Shares) -> Fi
     Raises:
         DataError: there is no file, none with content, or one cannot be read.
     """
-    contents: dict[bytes, str] = {}
+    by_content: dict[bytes, str] = {}
     for file in sorted(file.relative_to(root).as_posix() for file in files):
         try:
             content = Path(root, file).read_bytes()
@@ -107,12 +108,12 @@ def files_corpus(name: str, root: Path, files: list[Path], shares: Shares) -> Fi
                 f"{name}: cannot read {Path(root, file)} ({error.strerror}): mend it or leave it out"
             ) from None
         if content:
-            contents.setdefault(hashlib.sha256(content).digest(), file)
-    if not contents:
+            by_content.setdefault(hashlib.sha256(content).digest(), file)
+    if not by_content:
         found = f"{len(files)} files, all empty" if len(files) > 1 else "an empty file" if files else "no files"
         raise DataError(f"{name}: {found}; expected text in at least one file")
-    digest = hashlib.sha256(repr([(file, content.hex()) for content, file in contents.items()]).encode()).hexdigest()
-    return FileCorpus(name, str(root), tuple(contents.values()), digest, shares)
+    digest = hashlib.sha256(repr([(file, content.hex()) for content, file in by_content.items()]).encode()).hexdigest()
+    return FileCorpus(name, str(root), tuple(by_content.values()), digest, shares)
 
 
 def path_corpus(path: str, shares: Shares) -> FileCorpus:
@@ -220,6 +221,8 @@ def _load_hub(name: str, hub: str, config: str | None, revision: str | None) -> 
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             tables = datasets.load_from_disk(str(folder))
         else:
+            if not folder.is_dir():
+                ask_hub()
             tables = datasets.load_dataset(str(folder) if folder.is_dir() else hub, config, revision=revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())

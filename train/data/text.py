@@ -99,7 +99,7 @@ class PackedText(Source[PackedConfigT]):
         """The windows of a split, as one table.
 
         Raises:
-            DataError: the split has less text than one window.
+            DataError: the split has less text than one window, or documents of one token alone.
         """
         seq_len = self.config.seq_len
         inputs, targets = token_types(self.codec.vocab_size)
@@ -123,13 +123,19 @@ class PackedText(Source[PackedConfigT]):
         return [windows.select(np.linspace(0, len(windows) - 1, wanted).round().astype(np.int64))]
 
     def bytes_per_label(self, split: str) -> float:
-        """Bytes that the split's targets stand for, by the number of its targets; exactly 1 for bytes."""
+        """Bytes that the split's targets stand for, by the number of its targets; exactly 1 for bytes.
+
+        Raises:
+            DataError: the windows that are kept have no targets.
+        """
         (windows,) = self.load(split)
         sizes = windows[:]["target_bytes"].to_numpy().sum()
         labels = sum(
             int((batch["targets"].combine_chunks().flatten().to_numpy() >= 0).sum())
             for batch in windows.select_columns(["targets"]).iter(1000)
         )
+        if not labels:
+            raise _nothing_to_predict(self.corpus, split)
         return float(sizes / labels)
 
     def facts(self) -> dict[str, Any]:
@@ -174,13 +180,14 @@ class Text(PackedText[TextConfig]):
 
 def _windows(corpus: Corpus, split: str, codec: dict[str, str], seq_len: int, format: int) -> Iterator[dict[str, Any]]:
     encoder = codec_from_dict(codec)
-    tokens = 0
+    tokens = targets = 0
 
     def encoded() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        nonlocal tokens
+        nonlocal tokens, targets
         for document in corpus.documents(split):
             ids, sizes = encoder.encode_document(document)
             tokens += len(ids)
+            targets += max(0, len(ids) - 1)
             yield ids, sizes
 
     yield from pack(encoded(), seq_len)
@@ -189,3 +196,12 @@ def _windows(corpus: Corpus, split: str, codec: dict[str, str], seq_len: int, fo
             f"{corpus.name}: the {split} split has {tokens} {encoder.unit}s, too short for one window of "
             f"data.seq_len={seq_len}: give more text or lower data.seq_len"
         )
+    if not targets:
+        raise _nothing_to_predict(corpus, split)
+
+
+def _nothing_to_predict(corpus: Corpus, split: str) -> DataError:
+    return DataError(
+        f"{corpus.name}: the {split} split has nothing to predict, as no document's first token is: give longer "
+        f"documents, or more windows of them"
+    )

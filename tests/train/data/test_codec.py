@@ -85,13 +85,33 @@ def test_tokenizers_that_are_none(tmp_path, monkeypatch, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_without_a_tokenizer_says_so(tmp_path):
+    with pytest.raises(DataError, match=r"the folder has no tokenizer\.json"):
+        codec.load_tokenizer(str(tmp_path))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    def refuse():
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args: pytest.fail("asked again"))
+    with pytest.raises(DataError, match=r"not to be had .* \(ConnectionError\)"):
+        codec.load_tokenizer("some/thing")
+
+
+def test_an_id_that_is_no_byte_is_no_text():
+    assert codec.ByteCodec().decode([100, 300, 101]) == "d\ufffde"
+
+
 def test_an_untrained_tokenizer_is_refused(tmp_path):
     Tokenizer(models.BPE()).save(str(tmp_path / "empty.json"))
     with pytest.raises(DataError, match="no tokens"):
         codec.load_tokenizer(str(tmp_path / "empty.json"))
 
 
-@pytest.mark.parametrize("fields", [{}, {"kind": "words"}, {"kind": "tokenizers"}])
+@pytest.mark.parametrize("fields", [5, {}, {"kind": "words"}, {"kind": "tokenizers"}])
 def test_an_unknown_codec_is_refused(fields):
     with pytest.raises(DataError, match="unknown codec"):
         codec_from_dict(fields)

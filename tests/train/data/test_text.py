@@ -274,3 +274,10 @@ def test_a_python_without_sources_is_one_clear_line(tmp_path):
     (tmp_path / "site-packages" / "numpy.py").write_text("x = 1")
     with pytest.raises(DataError, match=r"no \.py sources"):
         stdlib_corpus(tmp_path)
+
+
+def test_a_split_of_one_token_documents_has_nothing_to_predict(tmp_path):
+    for number in range(256):
+        (tmp_path / f"{number:03}").write_bytes(bytes([number]))
+    with pytest.raises(DataError, match="the test split has nothing to predict"):
+        create_source(TextConfig(path=str(tmp_path), seq_len=2)).load("test")
