@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from zoo._version import __version__
-from zoo.kernels.errors import CheckpointError
+from zoo.kernels.errors import CheckpointError, ConfigError
 from zoo.model import Model, create_model
 
 CONFIG = "config.json"
@@ -62,7 +62,10 @@ def load_pretrained(
     """
     folder = model_folder(folder)
     description = read_description(folder)
-    model = create_model(description["architecture"], **description["config"])
+    try:
+        model = create_model(description["architecture"], **description["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG} describes no model ({error}): copy or train it again") from error
     try:
         weights = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
@@ -108,6 +111,11 @@ def read_description(folder: Path) -> dict[str, Any]:
         description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged ({error}): copy or train the model again") from error
-    if not isinstance(description, dict) or not {"architecture", "config"} <= description.keys():
-        raise CheckpointError(f"{folder / CONFIG} was not written by the zoo: it names no architecture and config")
+    kinds = {"architecture": str, "config": dict, "tokenizer": dict | None}
+    for key, kind in kinds.items():
+        if not isinstance(description, dict) or not isinstance(description.get(key), kind):
+            raise CheckpointError(
+                f"{folder / CONFIG} was not written by the zoo, or changed since: {key} is missing or of the wrong "
+                f"kind; copy or train the model again"
+            )
     return description

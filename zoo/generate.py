@@ -30,7 +30,7 @@ class GenerateConfig(Settings):
     temperature: float = setting(0.8, "divides the logits; 0 takes the most likely token", minimum=0)
     top_k: int | None = setting(None, "draw among the k most likely tokens only", minimum=1)
     top_p: float | None = setting(None, "draw among the fewest tokens that reach this probability", above=0, maximum=1)
-    seed: int = setting(0, "seed of the draws")
+    seed: int = setting(0, "seed of the draws", minimum=0, maximum=2**63 - 1)
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
 
 
@@ -45,8 +45,8 @@ def main() -> None:
     config = parse_overrides(GenerateConfig, arguments, OWNER)
     try:
         device = torch.device(config.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={config.device!r} cannot be used here: pass device=cpu") from error
     tokenizer = read_description(model_folder(config.model)).get("tokenizer")
     if tokenizer is None:

@@ -27,22 +27,26 @@ def main() -> None:
     names = list_models(*arguments)
     if not names:
         raise ConfigError(f"no architecture matches {arguments[0]!r}: known: {', '.join(list_models())}")
-    table = Table(title=f"Architectures (default sizes, vocabulary {VOCABULARY})")
+    table = Table(
+        title=f"Default sizes at a vocabulary of {VOCABULARY}; state: elements kept per sequence after so many tokens",
+        title_justify="left",
+    )
     table.add_column("architecture", no_wrap=True)
-    table.add_column("what it is")
-    for heading in ("parameters", f"state at {SHORT:,}", f"state at {LONG:,}", f"FLOPs/token at {SHORT:,}"):
+    for heading in ("parameters", f"state, {SHORT:,}", f"state, {LONG:,}", "FLOPs/token"):
         table.add_column(heading, justify="right")
+    console = Console()
     for name in names:
+        console.print(f"[bold]{name:<12}[/] {architecture(name).summary}", highlight=False)
         model = create_model(name, vocab_size=VOCABULARY)
         table.add_row(
             name,
-            architecture(name).summary,
             f"{sum(p.numel() for p in model.parameters()):,}",
             f"{model.state_size(SHORT):,}",
             f"{model.state_size(LONG):,}",
             f"{model.flops(SHORT) // SHORT:,}",
         )
-    Console().print(table)
+    console.print()
+    console.print(table)
 
 
 if __name__ == "__main__":

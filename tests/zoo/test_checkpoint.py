@@ -30,12 +30,20 @@ def test_dtype_and_run_folder(folder, tmp_path_factory) -> None:
     assert not zoo.load_pretrained(run).training
 
 
+def describe(folder, **changes) -> None:
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(description | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "holds no model"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (lambda f: (f / "config.json").write_text("[]"), "not written by the zoo"),
+        (lambda f: describe(f, tokenizer=5), "config.json was not written by the zoo, or changed since: tokenizer is"),
+        (lambda f: describe(f, architecture=["mamba"]), "architecture is missing or of the wrong kind"),
+        (lambda f: describe(f, architecture="transformer"), "config.json describes no model (architecture 'transfo"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:99]),

@@ -62,6 +62,8 @@ def test_generate_refuses_in_one_line(text_model, tmp_path) -> None:
     assert_one_line(command("zoo", "generate", model, "temprature=1"), "did you mean 'temperature'")
     assert_one_line(command("zoo", "generate", model, "temperature=-1"), "temperature=-1", "at least 0")
     assert_one_line(command("zoo", "generate", model, "device=cuda:9"), "device='cuda:9'", "device=cpu")
+    assert_one_line(command("zoo", "generate", model, "device=meta"), "device='meta'", "device=cpu")
+    assert_one_line(command("zoo", "generate", model, "seed=99999999999999999999999"), "expected at most 92233")
     zoo.save_pretrained(zoo.create_model("mamba", vocab_size=5, d_model=8), tmp_path)
     assert_one_line(command("zoo", "generate", f"model={tmp_path}"), "not trained on text")
 
