@@ -71,7 +71,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             words.append(word)
             continue
         option = word.partition("=")[0]
-        if option not in (*_SWITCHES, *_OPTIONS):
+        if option not in _SWITCHES | _OPTIONS:
             raise ConfigError(f"no option {option!r}: settings are written key=value, --help lists them")
         options.append(word)
         if option in _OPTIONS and option == word:
@@ -79,9 +79,13 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, options
 
 
-_SWITCHES = ("-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "--version")
-_OPTIONS = ("-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name", "-cd")
-_OPTIONS += ("--config-dir", "-sc", "--shell-completion", "--experimental-rerun")
+# fmt: off
+_SWITCHES = {"-m", "--multirun", "-r", "--run", "--resolve", "--hydra-help", "--version"}
+_OPTIONS = {
+    "-c", "--cfg", "-p", "--package", "-i", "--info", "-cp", "--config-path", "-cn", "--config-name", "-cd",
+    "--config-dir", "-sc", "--shell-completion", "--experimental-rerun",
+}
+# fmt: on
 
 
 def _check_sweep(words: Sequence[str]) -> None:
