@@ -28,15 +28,16 @@ def main() -> None:
     if not names:
         raise ConfigError(f"no architecture matches {arguments[0]!r}: known: {', '.join(list_models())}")
     table = Table(
-        title=f"Default sizes at a vocabulary of {VOCABULARY}; state: elements kept per sequence after so many tokens",
+        title=f"Default sizes, vocabulary {VOCABULARY}. State: elements kept per sequence after so many tokens; FLOPs: "
+        f"forward, over {SHORT:,} tokens.",
         title_justify="left",
     )
     table.add_column("architecture", no_wrap=True)
     for heading in ("parameters", f"state, {SHORT:,}", f"state, {LONG:,}", "FLOPs/token"):
         table.add_column(heading, justify="right")
-    console = Console()
+    summaries = Table.grid(padding=(0, 2))
     for name in names:
-        console.print(f"[bold]{name:<12}[/] {architecture(name).summary}", highlight=False)
+        summaries.add_row(f"[bold]{name}[/]", architecture(name).summary)
         model = create_model(name, vocab_size=VOCABULARY)
         table.add_row(
             name,
@@ -45,6 +46,9 @@ def main() -> None:
             f"{model.state_size(LONG):,}",
             f"{model.flops(SHORT) // SHORT:,}",
         )
+    # Beside the figures they would leave no room for either on a narrow terminal.
+    console = Console()
+    console.print(summaries)
     console.print()
     console.print(table)
 

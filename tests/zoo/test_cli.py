@@ -42,6 +42,8 @@ def test_help_and_list() -> None:
     listed = command("zoo", "list")
     assert listed.returncode == 0, listed.stderr
     assert all(name in listed.stdout for name in zoo.list_models())
+    narrow = command("zoo", "list", "rwkv*", COLUMNS="80").stdout
+    assert any("rwkv7" in line and line.count(",") >= 4 for line in narrow.splitlines())  # one line of whole figures
     assert_one_line(command("zoo", "list", "nothing*"), "no architecture matches 'nothing*'", "known: ")
     assert_one_line(command("zoo", "trane"), "no verb 'trane'", "did you mean 'train'")
 
