@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -15,8 +19,10 @@ def devices() -> list[str]:
     return ["cpu", *present]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Prints one table per device."""
+    parser = argparse.ArgumentParser(prog="python -m zoo.kernels", usage="%(prog)s", description=__doc__)
+    parser.parse_args(arguments)
     console = Console()
     for device in devices():
         table = Table("operator", "backend", "here", title=f"Operators on {device}", title_justify="left")
@@ -35,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
