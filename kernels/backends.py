@@ -6,7 +6,9 @@ import functools
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -58,6 +60,68 @@ def missing(package: str, requirement: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return f"the package {package} is not installed (pip install {requirement})"
     return None
+
+
+def anywhere(device_type: str, features: Features) -> None:
+    """`Backend.why_not` of one that runs every call."""
+
+
+def numba(device_type: str, features: Features) -> str | None:
+    """`Backend.why_not` of compiled CPU loops."""
+    if device_type not in ("cpu", "meta"):
+        return f"runs on CPU tensors, these are on {device_type}"
+    return missing("numba", "numba")
+
+
+def triton(operator: str, limits: Mapping[str, str] | None = None) -> Callable[[str, Features], str | None]:
+    """Makes the `Backend.why_not` of an operator's own Triton kernels.
+
+    Args:
+        operator: Its name; its `triton_backend` has `INTERPRETED`.
+        limits: Features that the kernels do not take beside float64 -> what they do take.
+    """
+
+    def interprets() -> bool:
+        # Triton decides when a kernel is decorated, so once the kernels are loaded the environment no longer matters.
+        loaded = sys.modules.get(f"zoo.kernels.{operator}.triton_backend")
+        return loaded.INTERPRETED if loaded else os.environ.get("TRITON_INTERPRET") == "1"
+
+    def why_not(device_type: str, features: Features) -> str | None:
+        if device_type not in ("cuda", "cpu"):
+            return f"needs a CUDA device, the tensors are on {device_type}"
+        reason = missing("triton", "'subquadratic-zoo[cuda]'")
+        if reason is not None:
+            return reason
+        if "float64" in features:
+            return "its kernels compute in float32, the inputs are float64"
+        for feature, limit in (limits or {}).items():
+            if feature in features:
+                return limit
+        if device_type == "cpu" and not interprets():
+            return "needs a CUDA device; on a CPU only under TRITON_INTERPRET=1, set before the process starts"
+        return None
+
+    return why_not
+
+
+def cuda(package: str, function: str, refused: Sequence[str]) -> Callable[[str, Features], str | None]:
+    """Makes the `Backend.why_not` of another package's CUDA kernels.
+
+    Args:
+        package: The module that must be importable.
+        function: What is called there, for the message ("mamba-ssm's selective_scan_fn").
+        refused: Features that it does not take.
+    """
+
+    def why_not(device_type: str, features: Features) -> str | None:
+        if device_type != "cuda":
+            return f"needs a CUDA device, the tensors are on {device_type}"
+        for feature in refused:
+            if feature in features:
+                return f"{function} does not take {feature}"
+        return missing(package, "'subquadratic-zoo[cuda]'")
+
+    return why_not
 
 
 @functools.cache

@@ -54,3 +54,8 @@ def check_rank(operator: str, name: str, tensor: Tensor, letters: str) -> None:
         raise ZooError(
             f"{operator}: {name} has shape {tuple(tensor.shape)}: expected no empty dimension: pass a longer {name}"
         )
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """Returns the dtype of states: float64 for float64 inputs, else float32, whatever the inputs' precision."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -34,19 +34,13 @@ def _why_not_cuda(device_type: str, features: backends.Features) -> str | None:
     return backends.missing("causal_conv1d", "'subquadratic-zoo[cuda]'")
 
 
-def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cpu", "meta"):
-        return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "numba")
-
-
 backends.register(
     "causal_conv1d",
     [
         backends.Backend("cuda", _why_not_cuda),
-        backends.Backend("numba", _why_not_numba),
-        backends.Backend("torch", lambda device_type, features: None),
-        backends.Backend("reference", lambda device_type, features: None),
+        backends.Backend("numba", backends.numba),
+        backends.Backend("torch", backends.anywhere),
+        backends.Backend("reference", backends.anywhere),
     ],
 )
 

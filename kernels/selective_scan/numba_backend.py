@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from zoo.kernels import parallel
 from zoo.kernels.arrays import flat, resets, rows
+from zoo.kernels.checks import state_dtype
 from zoo.kernels.selective_scan import numba_loops
 from zoo.kernels.selective_scan.numba_loops import RANGE
-from zoo.kernels.selective_scan.op import CHUNK, state_dtype
+from zoo.kernels.selective_scan.op import CHUNK
 from zoo.kernels.simd import LANES
 
 

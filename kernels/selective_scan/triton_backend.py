@@ -17,8 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from zoo.kernels import triton_tiles as tiles
 from zoo.kernels.selective_scan import triton_kernels as kernels
-from zoo.kernels.selective_scan import triton_tiles as tiles
 
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)
 """Whether Triton's interpreter was on when the kernels were decorated: they run on CPU tensors then, and only there."""

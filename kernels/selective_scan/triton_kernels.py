@@ -23,8 +23,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.selective_scan import triton_tiles as tiles
-from zoo.kernels.selective_scan.triton_tiles import CHUNK, GROUP, GROUPS, LN2, LOG2E
+from zoo.kernels import triton_tiles as tiles
+from zoo.kernels.triton_tiles import CHUNK, GROUP, GROUPS, LN2, LOG2E
 
 UNALIGNED = [
     "A", "initial_state", "final_state", "checkpoints", "slice_states", "slice_decays",

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from zoo.kernels import parallel
 from zoo.kernels.arrays import flat, rows
+from zoo.kernels.checks import state_dtype
 from zoo.kernels.simd import LOG2_E
 from zoo.kernels.ssd import numba_adjoint, numba_loops
-from zoo.kernels.ssd.op import CHUNK, state_dtype
+from zoo.kernels.ssd.op import CHUNK
 from zoo.kernels.ssd.steps import step_gradients, step_sizes
 
 MOST_HEADS = 4

@@ -24,14 +24,12 @@ triton_backend also has `INTERPRETED: bool`, whether Triton's interpreter was on
 from __future__ import annotations
 
 import math
-import os
-import sys
 
 import torch
 from torch import Tensor
 
 from zoo.kernels import backends, flop_formulas
-from zoo.kernels.checks import check_rank, check_tensors
+from zoo.kernels.checks import check_rank, check_tensors, state_dtype
 from zoo.kernels.errors import ZooError
 from zoo.kernels.ssd.reference import reference
 
@@ -39,57 +37,21 @@ CHUNK = 64
 """Steps between stored states, and the length of the pieces in which time is turned into matrix products."""
 
 
-def _why_not_cuda(device_type: str, features: backends.Features) -> str | None:
-    if device_type != "cuda":
-        return f"needs a CUDA device, the tensors are on {device_type}"
-    for feature in ("float64", "d_state > 256"):
-        if feature in features:
-            return f"mamba-ssm's mamba_chunk_scan_combined does not take {feature}"
-    return backends.missing("mamba_ssm", "'subquadratic-zoo[cuda]'")
-
-
-def _why_not_triton(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cuda", "cpu"):
-        return f"needs a CUDA device, the tensors are on {device_type}"
-    reason = backends.missing("triton", "'subquadratic-zoo[cuda]'")
-    if reason is None:
-        if "float64" in features:
-            reason = "its kernels compute in float32, the inputs are float64"
-        elif "d_state > 256" in features or "d_head > 128" in features:
-            reason = "its tiles hold at most 256 states and 128 channels per head"
-        elif device_type == "cpu" and not _triton_interprets():
-            reason = "needs a CUDA device; on a CPU only under TRITON_INTERPRET=1, set before the process starts"
-    return reason
-
-
-def _triton_interprets() -> bool:
-    # Triton decides when a kernel is decorated, so once the kernels are loaded the environment no longer matters.
-    loaded = sys.modules.get("zoo.kernels.ssd.triton_backend")
-    return loaded.INTERPRETED if loaded else os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cpu", "meta"):
-        return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "numba")
-
+_TILES = "its tiles hold at most 256 states and 128 channels per head"
 
 backends.register(
     "ssd",
     [
-        backends.Backend("cuda", _why_not_cuda),
+        backends.Backend(
+            "cuda", backends.cuda("mamba_ssm", "mamba-ssm's mamba_chunk_scan_combined", ["float64", "d_state > 256"])
+        ),
         # numba stands before triton because a CPU can have both: under its interpreter Triton is only for tests.
-        backends.Backend("numba", _why_not_numba),
-        backends.Backend("triton", _why_not_triton),
-        backends.Backend("torch", lambda device_type, features: None),
-        backends.Backend("reference", lambda device_type, features: None),
+        backends.Backend("numba", backends.numba),
+        backends.Backend("triton", backends.triton("ssd", {"d_state > 256": _TILES, "d_head > 128": _TILES})),
+        backends.Backend("torch", backends.anywhere),
+        backends.Backend("reference", backends.anywhere),
     ],
 )
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of states: float64 for float64 inputs, else float32, whatever the inputs' precision."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("zoo::ssd_forward", mutates_args=())

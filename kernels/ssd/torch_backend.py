@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.kernels.ssd.op import CHUNK, state_dtype
+from zoo.kernels.checks import state_dtype
+from zoo.kernels.ssd.op import CHUNK
 from zoo.kernels.ssd.steps import segment_numbers, step_gradients, step_sizes
 
 

@@ -24,19 +24,12 @@ from zoo.kernels import backends, flop_formulas
 from zoo.kernels.checks import check_rank, check_tensors
 from zoo.kernels.token_shift.reference import reference
 
-
-def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cpu", "meta"):
-        return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "numba")
-
-
 backends.register(
     "token_shift",
     [
-        backends.Backend("numba", _why_not_numba),
-        backends.Backend("torch", lambda device_type, features: None),
-        backends.Backend("reference", lambda device_type, features: None),
+        backends.Backend("numba", backends.numba),
+        backends.Backend("torch", backends.anywhere),
+        backends.Backend("reference", backends.anywhere),
     ],
 )
 

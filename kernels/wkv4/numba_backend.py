@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from zoo.kernels import parallel
 from zoo.kernels.arrays import flat, resets, rows
+from zoo.kernels.checks import state_dtype
 from zoo.kernels.simd import LANES
 from zoo.kernels.wkv4 import numba_loops
-from zoo.kernels.wkv4.op import CHUNK, state_dtype
+from zoo.kernels.wkv4.op import CHUNK
 
 WORK = 4
 """Inner-loop elements, in the measure of `parallel.run`, that a token and channel stands for; twice that backward."""

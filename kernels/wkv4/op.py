@@ -20,57 +20,26 @@ triton_backend also has `INTERPRETED: bool`, whether Triton's interpreter was on
 
 from __future__ import annotations
 
-import os
-import sys
-
 import torch
 from torch import Tensor
 
 from zoo.kernels import backends, flop_formulas
-from zoo.kernels.checks import check_rank, check_tensors
+from zoo.kernels.checks import check_rank, check_tensors, state_dtype
 from zoo.kernels.wkv4.reference import NEUTRAL, reference
 
 CHUNK = 32
 """Steps between stored states: the backward pass recomputes the states of one chunk at a time."""
 
 
-def _why_not_triton(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cuda", "cpu"):
-        return f"needs a CUDA device, the tensors are on {device_type}"
-    reason = backends.missing("triton", "'subquadratic-zoo[cuda]'")
-    if reason is None and "float64" in features:
-        reason = "its kernels compute in float32, the inputs are float64"
-    if reason is None and device_type == "cpu" and not _triton_interprets():
-        reason = "needs a CUDA device; on a CPU only under TRITON_INTERPRET=1, set before the process starts"
-    return reason
-
-
-def _triton_interprets() -> bool:
-    # Triton decides when a kernel is decorated, so once the kernels are loaded the environment no longer matters.
-    loaded = sys.modules.get("zoo.kernels.wkv4.triton_backend")
-    return loaded.INTERPRETED if loaded else os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cpu", "meta"):
-        return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "numba")
-
-
 backends.register(
     "wkv4",
     [
         # numba stands before triton because a CPU can have both: under its interpreter Triton is only for tests.
-        backends.Backend("numba", _why_not_numba),
-        backends.Backend("triton", _why_not_triton),
-        backends.Backend("reference", lambda device_type, features: None),
+        backends.Backend("numba", backends.numba),
+        backends.Backend("triton", backends.triton("wkv4")),
+        backends.Backend("reference", backends.anywhere),
     ],
 )
-
-
-def state_dtype(v: Tensor) -> torch.dtype:
-    """Returns the dtype of states: float64 for float64 inputs, else float32, whatever the inputs' precision."""
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 def wkv4_initial_state(

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from zoo.kernels.selective_scan import triton_tiles as tiles
+from zoo.kernels import triton_tiles as tiles
 from zoo.kernels.wkv4 import triton_kernels as kernels
 from zoo.kernels.wkv4.op import wkv4_initial_state
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.selective_scan import triton_tiles as tiles
-from zoo.kernels.selective_scan.triton_tiles import CHUNK, GROUP, GROUPS, LOG2E
+from zoo.kernels import triton_tiles as tiles
+from zoo.kernels.triton_tiles import CHUNK, GROUP, GROUPS, LOG2E
 from zoo.kernels.wkv4 import triton_steps as steps
 
 UNALIGNED = [

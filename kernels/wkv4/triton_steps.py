@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zoo.kernels.selective_scan import triton_tiles as tiles
-from zoo.kernels.selective_scan.triton_tiles import GROUP, LOG2E
+from zoo.kernels import triton_tiles as tiles
+from zoo.kernels.triton_tiles import GROUP, LOG2E
 
 NEUTRAL = tl.constexpr(-1e38)
 """Exponent of a state that holds nothing, as in `reference.NEUTRAL`."""

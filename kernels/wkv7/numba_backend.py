@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from zoo.kernels import parallel
 from zoo.kernels.arrays import flat, resets, rows
+from zoo.kernels.checks import state_dtype
 from zoo.kernels.simd import LANES
 from zoo.kernels.wkv7 import numba_loops
-from zoo.kernels.wkv7.op import CHUNK, VALUES, checkpoint_shape, state_dtype
+from zoo.kernels.wkv7.op import CHUNK, VALUES, checkpoint_shape
 
 FEW_HEADS = 4
 """With fewer heads in the whole batch than this, a head's blocks of value channels are tasks of their own."""

@@ -21,14 +21,11 @@ triton_backend also has `INTERPRETED: bool`, whether Triton's interpreter was on
 
 from __future__ import annotations
 
-import os
-import sys
-
 import torch
 from torch import Tensor
 
 from zoo.kernels import backends, flop_formulas
-from zoo.kernels.checks import check_rank, check_tensors
+from zoo.kernels.checks import check_rank, check_tensors, state_dtype
 from zoo.kernels.wkv7.reference import reference
 
 CHUNK = 32
@@ -38,53 +35,18 @@ VALUES = 32
 """Value channels that the CPU loops take at once; states in checkpoints are padded to a multiple of them."""
 
 
-def _why_not_cuda(device_type: str, features: backends.Features) -> str | None:
-    if device_type != "cuda":
-        return f"needs a CUDA device, the tensors are on {device_type}"
-    for feature in ("segment_ids", "float32", "float64", "K > 256"):
-        if feature in features:
-            return f"fla-core's chunk_rwkv7 does not take {feature}"
-    return backends.missing("fla", "'subquadratic-zoo[cuda]'")
-
-
-def _why_not_triton(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cuda", "cpu"):
-        return f"needs a CUDA device, the tensors are on {device_type}"
-    reason = backends.missing("triton", "'subquadratic-zoo[cuda]'")
-    if reason is None and "float64" in features:
-        reason = "its kernels compute in float32, the inputs are float64"
-    if reason is None and device_type == "cpu" and not _triton_interprets():
-        reason = "needs a CUDA device; on a CPU only under TRITON_INTERPRET=1, set before the process starts"
-    return reason
-
-
-def _triton_interprets() -> bool:
-    # Triton decides when a kernel is decorated, so once the kernels are loaded the environment no longer matters.
-    loaded = sys.modules.get("zoo.kernels.wkv7.triton_backend")
-    return loaded.INTERPRETED if loaded else os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _why_not_numba(device_type: str, features: backends.Features) -> str | None:
-    if device_type not in ("cpu", "meta"):
-        return f"runs on CPU tensors, these are on {device_type}"
-    return backends.missing("numba", "numba")
-
-
 backends.register(
     "wkv7",
     [
-        backends.Backend("cuda", _why_not_cuda),
+        backends.Backend(
+            "cuda", backends.cuda("fla", "fla-core's chunk_rwkv7", ["segment_ids", "float32", "float64", "K > 256"])
+        ),
         # numba stands before triton because a CPU can have both: under its interpreter Triton is only for tests.
-        backends.Backend("numba", _why_not_numba),
-        backends.Backend("triton", _why_not_triton),
-        backends.Backend("reference", lambda device_type, features: None),
+        backends.Backend("numba", backends.numba),
+        backends.Backend("triton", backends.triton("wkv7")),
+        backends.Backend("reference", backends.anywhere),
     ],
 )
-
-
-def state_dtype(v: Tensor) -> torch.dtype:
-    """Returns the dtype of states: float64 for float64 inputs, else float32, whatever the inputs' precision."""
-    return torch.float64 if v.dtype == torch.float64 else torch.float32
 
 
 def checkpoint_shape(r: Tensor, v: Tensor, save: bool) -> tuple[int, ...]:

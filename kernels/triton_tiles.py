@@ -1,4 +1,4 @@
-"""Steps that the Triton kernels of the selective scan are made of: tiles, sums over channels, decays, recurrences.
+"""Steps that the Triton kernels of recurrences over channels share: tiles, sums over channels, decays, recurrences.
 
 Shape letters: T time, N state size (padded to a power of two), G = GROUP steps, W channels of one program. A tile
 written (G, N, W) holds G steps of every state of W channels.
@@ -15,7 +15,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 CHUNK = tl.constexpr(32)
-"""Steps between stored states, as in `op.CHUNK`."""
+"""Steps between stored states, as in the `op.CHUNK` of both operators that use this, selective_scan and wkv4."""
 
 GROUP = tl.constexpr(4)
 """Steps computed at once; `rows` and `tile` are written for four."""
