@@ -22,6 +22,7 @@ LENGTHS = [1, 2, 63, 65, 127]
 TOLERANCE = 2e-5
 
 pytestmark = pytest.mark.parametrize("name", zoo.list_models())
+in_both_forms = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
 def make(name: str, **settings) -> zoo.Model:
@@ -57,9 +58,10 @@ def in_pieces(model: zoo.Model, tokens: Tensor, cuts: list[int], segment_ids: Te
     return torch.cat(logits, dim=1), state
 
 
+@in_both_forms
 @pytest.mark.parametrize("time", LENGTHS)
-def test_forward_and_every_gradient(name: str, time: int) -> None:
-    model = make(name)
+def test_forward_and_every_gradient(name: str, causal: bool, time: int) -> None:
+    model = make(name, causal=causal)
     out = model(tokens_of(2, time))
     assert out.logits.shape == (2, time, VOCAB)
     assert out.state is None
@@ -83,6 +85,26 @@ def test_causality(name: str, time: int) -> None:
         before, after = model(tokens).logits, model(changed).logits
     assert_same(after[:, :at], before[:, :at])
     assert (after[:, at] - before[:, at]).abs().max() > 1e-3, "the present token must have an effect"
+
+
+@pytest.mark.parametrize("at", [0, 31, 62])
+def test_bidirectional_sees_both_sides(name: str, at: int) -> None:
+    model, tokens = make(name, causal=False), tokens_of(2, 63)
+    changed = tokens.clone()
+    changed[:, at] = (changed[:, at] + 1) % VOCAB
+    with torch.no_grad():
+        moved = (model(changed).logits - model(tokens).logits).abs().amax(-1)  # (B, T)
+    for place in {0, at - 1, at, at + 1, 62} & set(range(63)):
+        assert (moved[:, place] > 1e-6).all(), f"token {place} does not see token {at}"
+
+
+def test_bidirectional_refuses_a_state(name: str) -> None:
+    model, tokens = make(name, causal=False), tokens_of(2, 5)
+    assert model.state_size(5) == 0
+    with pytest.raises(ConfigError, match="causal=false and so no state: give it whole sequences"):
+        model.init_state(2)
+    with pytest.raises(ConfigError, match="causal=false and so no state"):
+        zoo.generate(model, tokens, max_new_tokens=1)
 
 
 @pytest.mark.parametrize("time", LENGTHS)
@@ -114,8 +136,9 @@ def test_gradient_flows_through_the_state(name: str) -> None:
         torch.testing.assert_close(grads[1][parameter], expected, rtol=2e-4, atol=2e-4 * expected.abs().max().item())
 
 
-def test_packed_equals_separate(name: str) -> None:
-    model = make(name)
+@in_both_forms
+def test_packed_equals_separate(name: str, causal: bool) -> None:
+    model = make(name, causal=causal)
     lengths = [[1, 29, 33], [40, 2, 21]]  # documents per row
     tokens = tokens_of(2, 63)
     ids = torch.stack([torch.repeat_interleave(torch.arange(3) * 2, torch.tensor(row)) for row in lengths])
@@ -127,12 +150,15 @@ def test_packed_equals_separate(name: str) -> None:
                 alone = model(tokens[row : row + 1, begin : begin + length]).logits[0]
                 assert_same(packed[row, begin : begin + length], alone)
                 begin += length
-        for cuts in ([30], [1, 30, 40], list(range(1, 63))):  # on a boundary, inside a document, and everywhere
+        for cuts in (
+            ([30], [1, 30, 40], list(range(1, 63))) if causal else ()
+        ):  # on a boundary, inside a document, and everywhere
             assert_same(in_pieces(model, tokens, cuts, ids)[0], packed)
 
 
-def test_rows_do_not_see_each_other(name: str) -> None:
-    model, tokens = make(name), tokens_of(3, 20)
+@in_both_forms
+def test_rows_do_not_see_each_other(name: str, causal: bool) -> None:
+    model, tokens = make(name, causal=causal), tokens_of(3, 20)
     with torch.no_grad():
         together = model(tokens).logits
         for row in range(3):
@@ -156,8 +182,9 @@ def tensors(state) -> list[Tensor]:
     return [state] if isinstance(state, Tensor) else [t for item in state for t in tensors(item)]
 
 
-def test_save_and_load_round_trip(name: str, tmp_path) -> None:
-    model, tokens = make(name, tie_embeddings=False), tokens_of(2, 9)
+@in_both_forms
+def test_save_and_load_round_trip(name: str, causal: bool, tmp_path) -> None:
+    model, tokens = make(name, causal=causal, tie_embeddings=False), tokens_of(2, 9)
     save_pretrained(model, tmp_path)
     loaded = load_pretrained(tmp_path)
     assert loaded.config == model.config
@@ -167,8 +194,9 @@ def test_save_and_load_round_trip(name: str, tmp_path) -> None:
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_bf16_autocast_is_finite_and_close(name: str) -> None:
-    model, tokens = make(name), tokens_of(2, 33)
+@in_both_forms
+def test_bf16_autocast_is_finite_and_close(name: str, causal: bool) -> None:
+    model, tokens = make(name, causal=causal), tokens_of(2, 33)
     expected = model(tokens).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(tokens)
@@ -179,8 +207,10 @@ def test_bf16_autocast_is_finite_and_close(name: str) -> None:
     assert (out.logits.float() - expected).abs().max() <= 0.06 * expected.abs().max()
 
 
-def test_torch_compile(name: str) -> None:
-    model, tokens = make(name), tokens_of(2, 17)
+@in_both_forms
+def test_torch_compile(name: str, causal: bool) -> None:
+    torch._dynamo.reset()  # its limit of recompilations counts what other tests compiled
+    model, tokens = make(name, causal=causal), tokens_of(2, 17)
     expected = model(tokens).logits
     expected.square().mean().backward()
     grads = [p.grad.clone() for p in model.parameters()]
@@ -193,15 +223,17 @@ def test_torch_compile(name: str) -> None:
         torch.testing.assert_close(parameter.grad, grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item())
 
 
+@in_both_forms
 @pytest.mark.parametrize("time", [65, 200])
-def test_declared_flops_are_counted(name: str, time: int) -> None:
-    model = make(name)
+def test_declared_flops_are_counted(name: str, causal: bool, time: int) -> None:
+    model = make(name, causal=causal)
     assert model.flops(time) == pytest.approx(count_flops(lambda: model(tokens_of(1, time))), rel=0.01)
     assert 2 * model.flops(time) == pytest.approx(count_flops(lambda: model(tokens_of(2, time))), rel=0.01)
 
 
-def test_weight_decay_exemptions(name: str) -> None:
-    model = make(name)
+@in_both_forms
+def test_weight_decay_exemptions(name: str, causal: bool) -> None:
+    model = make(name, causal=causal)
     exempt = model.no_weight_decay()
     parameters = dict(model.named_parameters())
     assert exempt <= parameters.keys()
@@ -219,9 +251,10 @@ def test_generation_is_the_argmax_of_the_whole(name: str) -> None:
     assert torch.equal(made[:, -6:], expected)
 
 
-def test_fresh_loss_is_that_of_guessing(name: str) -> None:
+@in_both_forms
+def test_fresh_loss_is_that_of_guessing(name: str, causal: bool) -> None:
     torch.manual_seed(0)
-    model = zoo.create_model(name, vocab_size=64, d_model=64, n_layers=2)
+    model = zoo.create_model(name, vocab_size=64, causal=causal, d_model=64, n_layers=2)
     tokens = torch.randint(64, (4, 50))
     loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), torch.randint(64, (200,)))
     assert loss.item() == pytest.approx(math.log(64), rel=0.05)

@@ -20,6 +20,16 @@ class ModelConfig(Settings):
     norm: str = setting("rms", "norms of the shell: rms (RMSNorm) or layer (LayerNorm)", choices=("rms", "layer"))
     norm_eps: float = setting(1e-5, "epsilon inside every norm of the shell", above=0)
     embedding_norm: bool = setting(False, "one more norm, straight after the embedding")
+    post_norm: bool = setting(False, "norms after each residual addition, as in BERT, not before each sublayer")
+    max_positions: int | None = setting(
+        None, "learned positions of documents of up to so many tokens, added to the embedding; null: none", minimum=1
+    )
+    mlm_head: str | None = setting(
+        None,
+        "BERT's head (dense layer, activation, norm, and a bias on the logits) with gelu or gelu_tanh; null: plain",
+        choices=("gelu", "gelu_tanh"),
+    )
+    causal: bool = setting(True, "a token sees what came before it; false: both sides, for masked and classify")
 
     def make_norm(self) -> nn.Module:
         """A new norm over the residual stream."""

@@ -45,6 +45,13 @@ class Mixer(nn.Module):
     """Whether `forward` takes a fourth argument, `shared`: a dict that lives for one call of the model, in which a
     layer leaves values of the same tokens for the layers above it (RWKV-7: the values of its first layer)."""
 
+    both_ways = False
+    """Whether the mixer itself looks both ways where `config.causal` is false, or mixes nothing along time. The shell
+    runs others twice, forward and on the reversed sequence, each with its own weights, and adds the results."""
+
+    global_tokens = False
+    """Whether `shared["global_tokens"]`, (B, T) bool, tells this mixer which tokens all others see (Longformer)."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.config import ModelConfig
+from zoo.documents import document_begins
 from zoo.kernels.errors import ConfigError, DataError
+from zoo.layers.bidirectional import Bidirectional
 from zoo.mixer import Mixer
 from zoo.registry import Architecture, architecture
 
@@ -24,6 +26,8 @@ class ModelState(NamedTuple):
     """One state per sublayer of each block."""
     segment: Tensor
     """(B,) int64: the id of the document that each row is in; -1 before any id was seen."""
+    position: Tensor
+    """(B,) int64: how many tokens of that document were read."""
 
 
 class ModelOutput(NamedTuple):
@@ -38,24 +42,36 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nn.Module):
-    """One block: each sublayer reads the normalised residual stream and adds to it."""
+    """One block: each sublayer reads the normalised residual stream and adds to it; or the sum is normalised."""
 
     def __init__(self, sublayers: list[Mixer], config: ModelConfig) -> None:
         super().__init__()
+        self.post_norm = config.post_norm
         self.norms = nn.ModuleList(config.make_norm() for _ in sublayers)
         self.mixers = nn.ModuleList(sublayers)
 
     def forward(
-        self, x: Tensor, states: tuple[Any, ...] | None, segment_ids: Tensor | None, shared: dict[str, Tensor]
+        self, x: Tensor, states: tuple[Any, ...] | None, segment_ids: Tensor | None, shared: dict[str, Any]
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
         """Maps (B, T, D) to (B, T, D); `states` holds one state per sublayer, or is None; `shared`: see `Mixer`."""
         next_states = []
         for i, (norm, mixer) in enumerate(zip(self.norms, self.mixers, strict=True)):
             more = (shared,) if mixer.shares else ()
-            update, next_state = mixer(norm(x), None if states is None else states[i], segment_ids, *more)
-            x = x + update
+            read = x if self.post_norm else norm(x)
+            update, next_state = mixer(read, None if states is None else states[i], segment_ids, *more)
+            x = norm(x + update) if self.post_norm else x + update
             next_states.append(next_state)
         return x, None if states is None else tuple(next_states)
+
+
+class Transform(nn.Sequential):
+    """What BERT has between the last block and the head: a dense layer, an activation and a norm."""
+
+    def __init__(self, config: ModelConfig, activation: str) -> None:
+        dense = nn.Linear(config.d_model, config.d_model)
+        nn.init.normal_(dense.weight, std=0.02)
+        nn.init.zeros_(dense.bias)
+        super().__init__(dense, nn.GELU("tanh" if activation == "gelu_tanh" else "none"), config.make_norm())
 
 
 class Model(nn.Module):
@@ -66,16 +82,23 @@ class Model(nn.Module):
         self.architecture = arch.name
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = None if config.max_positions is None else nn.Embedding(config.max_positions, config.d_model)
         self.embedding_norm = config.make_norm() if config.embedding_norm else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(arch.mixer.sublayers(config, layer), config) for layer in range(config.n_layers)
-        )
-        self.norm = config.make_norm()
+        self.blocks = nn.ModuleList(Block(_sublayers(arch, config, layer), config) for layer in range(config.n_layers))
+        self.norm = nn.Identity() if config.post_norm else config.make_norm()
+        self.transform = None if config.mlm_head is None else Transform(config, config.mlm_head)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head_bias = None if config.mlm_head is None else nn.Parameter(torch.zeros(config.vocab_size))
         arch.mixer.init_shell(config, self.embedding, self.head)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(
-        self, tokens: Tensor, state: ModelState | None = None, segment_ids: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        segment_ids: Tensor | None = None,
+        global_tokens: Tensor | None = None,
     ) -> ModelOutput:
         """Predicts the label of each position.
 
@@ -84,37 +107,58 @@ class Model(nn.Module):
             state: What came before, from `init_state` or an earlier output; None for a whole sequence at once.
             segment_ids: (B, T), non-negative and non-decreasing along T: packed documents, which do not see each
                 other. With a state, a row whose first id is not the one it stopped at starts a new document.
+            global_tokens: (B, T) bool: the tokens that see and are seen by their whole document, for architectures
+                that know such tokens (`longformer` with causal=false).
 
         Raises:
-            DataError: The tokens or segment ids have a wrong shape or type, or lie outside the vocabulary.
+            DataError: The tokens or segment ids have a wrong shape or type, or lie outside the vocabulary; there are
+                more tokens than learned positions; the architecture knows no global tokens.
         """
         if not torch.compiler.is_compiling():
-            self._check(tokens, state, segment_ids)
+            self._check(tokens, state, segment_ids, global_tokens)
         if state is not None and segment_ids is not None:
             state = self._enter_segments(state, segment_ids[:, 0])
-        x = self.embedding_norm(self.embedding(tokens))  # (B, T, D)
-        shared: dict[str, Tensor] = {}
+        x = self.embedding(tokens)  # (B, T, D)
+        positions = None if self.positions is None and state is None else _positions(tokens, state, segment_ids)
+        if self.positions is not None and positions is not None:
+            self._check_positions(positions)
+            x = x + self.positions(positions)
+        x = self.embedding_norm(x)
+        shared: dict[str, Any] = {} if global_tokens is None else {"global_tokens": global_tokens}
         next_layers = []
         for i, block in enumerate(self.blocks):
             x, next_states = block(x, None if state is None else state.layers[i], segment_ids, shared)
             next_layers.append(next_states)
-        logits = F.linear(self.norm(x), self.embedding.weight if self.head is None else self.head.weight)
-        if state is None:
+        x = self.norm(x)
+        if self.transform is not None:
+            x = self.transform(x)
+        logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight, self.head_bias)
+        if state is None or positions is None:
             return ModelOutput(logits, None, {})
         segment = state.segment if segment_ids is None else segment_ids[:, -1]
-        return ModelOutput(logits, ModelState(tuple(next_layers), segment), {})
+        return ModelOutput(logits, ModelState(tuple(next_layers), segment, positions[:, -1] + 1), {})
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> ModelState:
-        """The state before the first token, on the model's device and in its dtype unless said otherwise."""
+        """The state before the first token, on the model's device and in its dtype unless said otherwise.
+
+        Raises:
+            ConfigError: The model looks both ways, so what it has read it must read again.
+        """
+        if not self.config.causal:
+            raise ConfigError(
+                f"this {self.architecture} has causal=false and so no state: give it whole sequences, or build it "
+                f"with causal=true to generate"
+            )
         device = device or self.embedding.weight.device
         dtype = dtype or self.embedding.weight.dtype
         layers = tuple(
             tuple(mixer.init_state(batch_size, device=device, dtype=dtype) for mixer in mixers)
             for mixers in self.mixers()
         )
-        return ModelState(layers, torch.full((batch_size,), -1, dtype=torch.int64, device=device))
+        none_read = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return ModelState(layers, none_read - 1, none_read)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that must not decay: norms, biases, embeddings, and what a mixer marks."""
@@ -134,11 +178,14 @@ class Model(nn.Module):
     def flops(self, seq_len: int) -> int:
         """Declared forward FLOPs (2 per multiply-add) for one sequence of `seq_len` tokens, head included."""
         blocks = sum(mixer.flops(seq_len) for mixers in self.mixers() for mixer in mixers)
-        return blocks + 2 * seq_len * self.config.d_model * self.config.vocab_size
+        transform = 0 if self.transform is None else 2 * seq_len * self.config.d_model**2
+        return blocks + transform + 2 * seq_len * self.config.d_model * self.config.vocab_size
 
     def state_size(self, seq_len: int) -> int:
-        """Declared elements of the state of one sequence after `seq_len` tokens, the document's id included."""
-        return 1 + sum(mixer.state_size(seq_len) for mixers in self.mixers() for mixer in mixers)
+        """Declared elements of the state of one sequence after `seq_len` tokens, two numbers of the shell included."""
+        if not self.config.causal:
+            return 0
+        return 2 + sum(mixer.state_size(seq_len) for mixers in self.mixers() for mixer in mixers)
 
     def mixers(self) -> list[list[Mixer]]:
         """The residual sublayers of each block, in order."""
@@ -151,9 +198,22 @@ class Model(nn.Module):
             tuple(mixer.reset_state(s, rows) for mixer, s in zip(mixers, states, strict=True))
             for mixers, states in zip(self.mixers(), state.layers, strict=True)
         )
-        return ModelState(layers, segment)
+        return ModelState(layers, segment, torch.where(rows, 0, state.position))
 
-    def _check(self, tokens: Tensor, state: ModelState | None, segment_ids: Tensor | None) -> None:
+    def _check_positions(self, positions: Tensor) -> None:
+        # Outside a compiler, and on the CPU: a GPU asserts by itself, and a look at it would wait.
+        if torch.compiler.is_compiling() or positions.device.type != "cpu":
+            return
+        longest, known = int(positions.max()) + 1, self.config.max_positions
+        if known is not None and longest > known:
+            raise DataError(
+                f"a document of {longest} tokens is longer than max_positions={known}: give shorter ones, or build the "
+                f"model with as many positions"
+            )
+
+    def _check(
+        self, tokens: Tensor, state: ModelState | None, segment_ids: Tensor | None, global_tokens: Tensor | None
+    ) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
             raise DataError(
                 f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}: expected integer ids of shape "
@@ -168,6 +228,16 @@ class Model(nn.Module):
             raise DataError(
                 f"segment_ids of shape {tuple(segment_ids.shape)}: expected that of the tokens, {tuple(tokens.shape)}"
             )
+        if global_tokens is not None:
+            if not any(mixer.global_tokens for mixers in self.mixers() for mixer in mixers):
+                raise DataError(
+                    f"this {self.architecture} takes no global_tokens: only longformer with causal=false knows such"
+                )
+            if global_tokens.shape != tokens.shape or global_tokens.dtype != torch.bool:
+                raise DataError(
+                    f"global_tokens of shape {tuple(global_tokens.shape)} and type {global_tokens.dtype}: expected "
+                    f"bool of the shape of the tokens, {tuple(tokens.shape)}"
+                )
         # On a GPU this look would wait for the device at every step; an id out of range asserts there anyway.
         if tokens.device.type == "cpu" and tokens.numel():
             low, high = (int(v) for v in torch.aminmax(tokens))
@@ -176,6 +246,27 @@ class Model(nn.Module):
                     f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}: "
                     f"raise vocab_size or mend the data"
                 )
+
+
+def _sublayers(arch: Architecture, config: ModelConfig, layer: int) -> list[Mixer]:
+    """The sublayers of a block, those that read one way doubled where the model looks both ways."""
+    sublayers = arch.mixer.sublayers(config, layer)
+    if config.causal or all(mixer.both_ways for mixer in sublayers):
+        return sublayers
+    reading_back = arch.mixer.sublayers(config, layer)
+    return [
+        onward if onward.both_ways else Bidirectional(config, layer, onward, backward)
+        for onward, backward in zip(sublayers, reading_back, strict=True)
+    ]
+
+
+def _positions(tokens: Tensor, state: ModelState | None, segment_ids: Tensor | None) -> Tensor:
+    """Place of each token in its document, (B, T)."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    begins = torch.zeros_like(positions) if segment_ids is None else document_begins(segment_ids)
+    if state is not None:  # the first document goes on
+        begins = torch.where(begins == 0, -state.position[:, None], begins)
+    return positions - begins
 
 
 def create_model(name: str, **settings: Any) -> Model:

@@ -32,7 +32,7 @@ def test_the_local_mixing_is_gone(pair) -> None:
     assert gone in ({"conv"}, {"shift"})
     assert without.state_size(5) < with_it.state_size(5)
     assert sum(t.numel() for layer in without.init_state(3).layers for s in layer for t in s) == (
-        3 * (without.state_size(5) - 1)
+        3 * (without.state_size(5) - 2)
     )
 
 

@@ -62,6 +62,8 @@ class KVCache(NamedTuple):
 class Attention(Mixer):
     """Transformer: causal softmax attention with rotary positions, then SwiGLU."""
 
+    both_ways = True
+
     @classmethod
     def sublayers(cls, config: TransformerConfig, layer: int) -> list[Mixer]:
         """Attention, then the feed-forward."""
@@ -74,6 +76,7 @@ class Attention(Mixer):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.window = config.window
+        self.causal = config.causal
         self.rope_base = config.rope_base
         heads = self.n_heads + 2 * self.n_kv_heads
         self.qkv_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=False)  # queries, keys, values
@@ -126,6 +129,14 @@ class Attention(Mixer):
         """
         length, cached = q.shape[2], k.shape[2] - q.shape[2]
         grouped = self.n_heads != self.n_kv_heads
+        if not self.causal:
+            times = torch.arange(length, device=q.device)
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            if self.window is not None:
+                seen = (times - times[:, None]).abs() < self.window
+            if document_start is not None:
+                seen = seen & (document_start[:, None, :, None] == document_start[:, None, None])
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
         if document_start is None and not cached and (self.window is None or length <= self.window):
             # The CPU's flash kernel reads contiguous heads up to 4% faster than it takes to make them so.
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

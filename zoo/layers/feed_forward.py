@@ -25,6 +25,8 @@ class SwiGLU(Mixer):
         n_residual: Residual sublayers per block, for the initialisation of the output projection.
     """
 
+    both_ways = True
+
     def __init__(self, config: ModelConfig, layer: int, d_hidden: int, n_residual: int = 2) -> None:
         super().__init__(config, layer)
         self.up_proj = nn.Linear(config.d_model, 2 * d_hidden, bias=False)  # gate first, then up
