@@ -24,6 +24,10 @@ else:
     from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
     from zoo.kernels.selective_scan.op import flops as selective_scan_flops
     from zoo.kernels.selective_scan.op import selective_scan
+    from zoo.kernels.sparse_attention.op import flops as sparse_attention_flops
+    from zoo.kernels.sparse_attention.op import sparse_attention
+    from zoo.kernels.sparse_attention.pattern import Pattern, visible_pairs
+    from zoo.kernels.sparse_attention.reference import dense_weights
     from zoo.kernels.ssd.op import flops as ssd_flops
     from zoo.kernels.ssd.op import ssd
     from zoo.kernels.token_shift.op import flops as token_shift_flops
@@ -34,16 +38,21 @@ else:
     from zoo.kernels.wkv7.op import wkv7
 
     __all__ = [
+        "Pattern",
         "causal_conv1d",
         "causal_conv1d_flops",
+        "dense_weights",
         "describe",
         "selective_scan",
         "selective_scan_flops",
+        "sparse_attention",
+        "sparse_attention_flops",
         "ssd",
         "ssd_flops",
         "token_shift",
         "token_shift_flops",
         "used",
+        "visible_pairs",
         "wkv4",
         "wkv4_flops",
         "wkv7",

@@ -9,17 +9,20 @@ from types import ModuleType
 from typing import Any
 
 _COUNTER = "torch.utils.flop_counter"
-_waiting: list[tuple[Any, Callable[..., int]]] = []
+_waiting: list[tuple[Any, Callable[..., int], bool]] = []
 
 
-def register(op: Any, formula: Callable[..., int]) -> None:
-    """Gives the operator packet `op` a formula `(*shapes, **kwargs) -> FLOPs`, now or when the counter is imported."""
+def register(op: Any, formula: Callable[..., int], *, raw: bool = False) -> None:
+    """Gives the operator packet `op` a formula `(*shapes, **kwargs) -> FLOPs`, now or when the counter is imported.
+
+    With `raw` the formula gets the tensors themselves, for FLOPs that depend on their values.
+    """
     if _COUNTER in sys.modules:
-        sys.modules[_COUNTER].register_flop_formula(op)(formula)
+        sys.modules[_COUNTER].register_flop_formula(op, get_raw=raw)(formula)
         return
     if not _waiting:
         sys.meta_path.insert(0, _AfterImport())
-    _waiting.append((op, formula))
+    _waiting.append((op, formula, raw))
 
 
 class _AfterImport:
@@ -38,8 +41,8 @@ class _AfterImport:
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
                 while _waiting:
-                    op, formula = _waiting.pop()
-                    module.register_flop_formula(op)(formula)
+                    op, formula, raw = _waiting.pop()
+                    module.register_flop_formula(op, get_raw=raw)(formula)
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
