@@ -12,6 +12,7 @@ from zoo.train.data.base import (
     list_data,
     register_data,
 )
+from zoo.train.data.listops import ListOps, ListOpsConfig
 from zoo.train.data.mqar import MQAR, MQARConfig
 from zoo.train.data.pystdlib import PyStdlib, PyStdlibConfig
 from zoo.train.data.state_tracking import Parity, ParityConfig, Word, WordConfig
@@ -31,6 +32,8 @@ __all__ = [
     "DataModule",
     "Entry",
     "EvalBatches",
+    "ListOps",
+    "ListOpsConfig",
     "MQARConfig",
     "PackedText",
     "PackedTextConfig",
