@@ -13,10 +13,12 @@ from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from zoo.config import ModelConfig
 from zoo.kernels.errors import ConfigError
 from zoo.registry import architecture, list_models
 from zoo.settings import Settings, field_types, setting
 from zoo.train.data import DataConfig, get_data, list_data
+from zoo.train.objectives import MASK_RATE, OBJECTIVES
 from zoo.train.optim import OptimConfig
 
 S = TypeVar("S", bound=Settings)
@@ -59,8 +61,17 @@ OPTIMISERS = {"adamw": (OptimConfig(), "AdamW with warm-up and a schedule")}
 
 @dataclass(kw_only=True)
 class RunConfig(Settings):
-    """Where a run goes."""
+    """What a run learns, from which seed, and where it goes."""
 
+    objective: str = setting(
+        "causal",
+        "causal: each label from what stands before it; masked: hidden tokens from both sides; classify: one label per "
+        "document from the mean over it; arch.causal follows where it is left out",
+        choices=list(OBJECTIVES),
+    )
+    mask_rate: float | None = setting(
+        None, f"share of the tokens that objective=masked hides; null: {MASK_RATE}", above=0, maximum=1
+    )
     seed: int = setting(0, "seed of the weights, of dropout and of the order of the data", minimum=0, maximum=2**63 - 1)
     name: str | None = setting(None, "name of the run's folder; null: made from the settings")
     runs_dir: str = setting("runs", "folder of the runs")
@@ -76,7 +87,7 @@ class TrainConfig(RunConfig):
 
     arch: str = DEFAULT_ARCH
     model: dict[str, Any] = field(default_factory=dict)
-    """Settings of the architecture; `vocab_size` is left out where the data decide it."""
+    """Settings of the architecture; `vocab_size` and `causal` are left out where data and objective decide them."""
     data: DataConfig
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -88,6 +99,8 @@ class TrainConfig(RunConfig):
             "data": {"name": data_name, **dataclasses.asdict(self.data)},
             "trainer": dataclasses.asdict(self.trainer),
             "optim": dataclasses.asdict(self.optim),
+            "objective": self.objective,
+            "mask_rate": self.mask_rate,
             "seed": self.seed,
             "name": self.name,
             "runs_dir": self.runs_dir,
@@ -170,7 +183,8 @@ def from_hydra(config: DictConfig) -> TrainConfig:
     run = _build("", RunConfig, tree)
     model = {key: value for key, value in groups["arch"].items() if value != MISSING}
     # The data decide the vocabulary later; any size will do to check the other settings now.
-    checked = _build("arch", architecture(arch).config, {"vocab_size": 1, **model})
+    decided = {"vocab_size": 1, "causal": OBJECTIVES[run.objective].causal}
+    checked = _build("arch", architecture(arch).config, decided | model)
     model = {key: value for key, value in dataclasses.asdict(checked).items() if key in model}
     return TrainConfig(
         arch=arch,
@@ -192,8 +206,13 @@ def _build(group: str, settings: type[S], values: dict[str, Any]) -> S:
 
 
 def _named(name: str, settings: type[Any]) -> type[Any]:
-    """The settings class with one more field, the name that it was chosen by, and mappings that take new keys."""
+    """The settings class with one more field, the name that it was chosen by, and mappings that take new keys.
+
+    An architecture's `causal` has no value here unless it is given one, so that the objective can decide.
+    """
     fields: list[tuple[str, Any, Any]] = [("name", str, field(default=name))]
+    if issubclass(settings, ModelConfig):
+        fields.append(("causal", bool, field(default=MISSING)))
     for mapping in dataclasses.fields(settings):
         if typing.get_origin(field_types(settings)[mapping.name]) is dict:
             assert mapping.default_factory is not dataclasses.MISSING

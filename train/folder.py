@@ -93,15 +93,17 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def default_name(tree: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """A name made of architecture, dataset and what differs from the defaults, such as "mamba-mqar-d_state32-s1".
+    """A name made of architecture, dataset, objective and what differs from the defaults: "mamba-mqar-d_state32-s1".
 
     Args:
         tree: The settings of the run.
         defaults: The settings of a run with this architecture and dataset and nothing else said.
     """
-    base = f"{tree['arch']['name']}-{tree['data']['name']}"
+    objective = "" if tree["objective"] == "causal" else f"-{tree['objective']}"
+    base = f"{tree['arch']['name']}-{tree['data']['name']}{objective}"
+    mask_rate = "" if tree["mask_rate"] is None else f"-mask_rate{_short(tree['mask_rate'])}"
     seed = f"-s{tree['seed']}" if tree["seed"] else ""
-    changes = "".join(
+    changes = mask_rate + "".join(
         f"-{key}{_short(value)}"
         for group in ("arch", "data", "optim")
         for key, value in tree[group].items()

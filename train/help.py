@@ -26,6 +26,7 @@ examples:
   python -m zoo.train arch=transformer data=pystdlib              bytes of Python's standard library
   python -m zoo.train data=text data.path=books/                  your own text
   python -m zoo.train arch=mamba arch.d_state=32 trainer.max_steps=500 optim.lr=1e-3 seed=1
+  python -m zoo.train data=listops objective=classify             one label per document, read from both sides
   python -m zoo.train arch=mamba resume=true                      go on with a run that was killed
   python -m zoo.train trainer=debug                               does everything run? a few seconds
   python -m zoo.train -m arch=mamba,transformer seed=0,1,2        a sweep: six runs, one after the other

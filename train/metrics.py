@@ -17,7 +17,7 @@ from zoo.train.data.stream import IGNORE
 
 
 class TokenMetrics(Metric):
-    """Loss, accuracy, exact match, perplexity and bits per byte of next-token predictions.
+    """Loss, accuracy, exact match, perplexity and bits per byte of the labelled positions.
 
     `acc` is right labelled positions over all labelled positions; `exact` is the share of examples with every
     labelled position right. Each is also given per slice of the data, named like "acc/num_pairs=4".
@@ -29,17 +29,23 @@ class TokenMetrics(Metric):
     _COLUMNS = ("loss", "right", "labels", "exact", "examples")
 
     def __init__(
-        self, slice_values: Mapping[str, Sequence[int]] | None = None, bytes_per_label: float | None = None
+        self,
+        slice_values: Mapping[str, Sequence[int]] | None = None,
+        bytes_per_label: float | None = None,
+        *,
+        perplexity: str = "perplexity",
     ) -> None:
         """Declares the sums.
 
         Args:
             slice_values: Every value that each slice can take; values met in no example give no result.
             bytes_per_label: Bytes of text that one label stands for; None where the data are no text.
+            perplexity: What the exponential of the loss is called.
         """
         super().__init__()
         self.slices = {name: list(values) for name, values in (slice_values or {}).items()}
         self.bytes_per_label = bytes_per_label
+        self.perplexity = perplexity
         rows = 1 + sum(map(len, self.slices.values()))
         # float64 counts exactly up to 2**53; one tensor costs one reduction between processes.
         self.add_state("sums", torch.zeros(rows, len(self._COLUMNS), dtype=torch.float64), dist_reduce_fx="sum")
@@ -80,7 +86,7 @@ class TokenMetrics(Metric):
             results[f"loss{suffix}"] = loss / labels
             results[f"acc{suffix}"] = right / labels
             results[f"exact{suffix}"] = exact / examples
-            results[f"perplexity{suffix}"] = _exp(loss / labels)
+            results[f"{self.perplexity}{suffix}"] = _exp(loss / labels)
             if self.bytes_per_label is not None:
                 results[f"bits_per_byte{suffix}"] = loss / labels / math.log(2) / self.bytes_per_label
         return results

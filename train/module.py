@@ -20,6 +20,7 @@ from zoo.model import Model, ModelOutput
 from zoo.train.data.stream import IGNORE, Batch
 from zoo.train.errors import NonFiniteError
 from zoo.train.metrics import TokenMetrics
+from zoo.train.objectives import Objective
 from zoo.train.optim import OptimConfig, build_optimizer, first_nonfinite_gradient
 
 
@@ -32,6 +33,7 @@ class SequenceModule(L.LightningModule):
         max_steps: Optimiser steps of the whole run, which the schedule spans.
         seed: Every training step draws its random numbers (dropout) from this seed and its own number alone, so that
             neither validation nor a restart changes them.
+        objective: What is learnt from a batch; its labels as they are unless said.
         slice_values: Slices of the data and every value each can take.
         bytes_per_label: For "val" and "test" the bytes of text that one label stands for; empty where the data are no
             text.
@@ -44,6 +46,7 @@ class SequenceModule(L.LightningModule):
         *,
         max_steps: int,
         seed: int,
+        objective: Objective | None = None,
         slice_values: Mapping[str, Sequence[int]] | None = None,
         bytes_per_label: Mapping[str, float] | None = None,
     ) -> None:
@@ -52,15 +55,23 @@ class SequenceModule(L.LightningModule):
         self.optim = optim
         self.max_steps = max_steps
         self.seed = seed
+        self.objective = objective or Objective()
         sizes = bytes_per_label or {}
-        self.scores = nn.ModuleDict({split: TokenMetrics(slice_values, sizes.get(split)) for split in ("val", "test")})
+        self.scores = nn.ModuleDict(
+            {
+                split: TokenMetrics(slice_values, sizes.get(split), perplexity=self.objective.perplexity)
+                for split in ("val", "test")
+            }
+        )
         self.results: dict[str, dict[str, float]] = {}
         """Metrics by split: "train" of the last optimiser step, "val" and "test" of the last pass."""
         self._pending: list[tuple[Batch, int, dict[str, Tensor]]] = []  # micro-batches since the last optimiser step
 
     def forward(self, batch: Batch) -> ModelOutput:
-        """The model's output for a batch."""
-        return cast(ModelOutput, self.model(batch["inputs"], segment_ids=batch.get("segment_ids")))
+        """The model's output for a prepared batch, its logits as the objective reads them."""
+        segment_ids = batch.get("segment_ids")
+        output = cast(ModelOutput, self.model(batch["inputs"], segment_ids=segment_ids))
+        return output._replace(logits=self.objective.read_out(output.logits, segment_ids))
 
     def losses(self, batch: Batch, output: ModelOutput) -> dict[str, Tensor]:
         """The terms of the training loss by name, "cross_entropy" first."""
@@ -77,6 +88,7 @@ class SequenceModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
+        batch = self.objective.prepare(batch, "train", batch_idx)
         losses = self.losses(batch, self(batch))
         self._pending.append((batch, batch_idx, {name: loss.detach() for name, loss in losses.items()}))
         return torch.stack(list(losses.values())).sum()
@@ -116,11 +128,11 @@ class SequenceModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
-        self._score("val", batch)
+        self._score("val", self.objective.prepare(batch, "val", batch_idx))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics."""
-        self._score("test", batch)
+        self._score("test", self.objective.prepare(batch, "test", batch_idx))
 
     def on_validation_epoch_end(self) -> None:
         """Keeps the validation metrics in `results`."""

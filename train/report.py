@@ -53,6 +53,7 @@ def summarise(
     return {
         "arch": config.arch,
         "data": data.source.name,
+        "objective": config.objective,
         "seed": config.seed,
         "status": status,
         "error": error,
@@ -73,7 +74,8 @@ def summarise(
             "val": checkpoints.best if finished else results.get("val", {}),
             "test": results.get("test", {}) if finished else {},
         },
-        "levels": data.source.levels,
+        # Those of the data's own labels, which masked tokens are not.
+        "levels": {} if config.objective == "masked" else data.source.levels,
         "batch_hash": books.batch_hash,
         "batch_hash_after": books.prefix_hashes,
         "data_facts": data.source.facts(),
@@ -88,8 +90,8 @@ def summarise(
 
 # fmt: off
 _PRINTED = {
-    "arch", "data", "seed", "status", "best_step", "steps", "params", "tokens_per_second", "peak_memory_bytes",
-    "wall_seconds", "device", "dtype", "backends", "folder", "text", "levels", "metrics",
+    "arch", "data", "objective", "seed", "status", "best_step", "steps", "params", "tokens_per_second",
+    "peak_memory_bytes", "wall_seconds", "device", "dtype", "backends", "folder", "text", "levels", "metrics",
 }
 # fmt: on
 
@@ -104,7 +106,8 @@ def is_finished(summary: dict[str, Any] | None) -> bool:
 def print_table(console: Console, summary: dict[str, Any]) -> None:
     """The end of a run on one screen: what came out, what it cost, where it is, what to do next."""
     metrics = summary["metrics"]
-    title = f"{summary['arch']} on {summary['data']}, seed {summary['seed']}: {summary['status']}"
+    objective = "" if summary["objective"] == "causal" else f", {summary['objective']}"
+    title = f"{summary['arch']} on {summary['data']}{objective}, seed {summary['seed']}: {summary['status']}"
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -140,7 +143,8 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
 def _next_command(summary: dict[str, Any]) -> str:
     if summary["status"] != "finished":
         return "the same command with resume=true"
-    if summary["text"]:
+    if summary["text"] and summary["objective"] == "causal":
         return f'python -m zoo generate model={summary["folder"]} prompt="def "'
     other = BASELINE if summary["arch"] != BASELINE else DEFAULT_ARCH
-    return f"python -m zoo.train arch={other} data={summary['data']}"
+    objective = "" if summary["objective"] == "causal" else f" objective={summary['objective']}"
+    return f"python -m zoo.train arch={other} data={summary['data']}{objective}"

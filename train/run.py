@@ -33,6 +33,7 @@ from zoo.train.errors import Interrupted, NonFiniteError, RunError, foreseen
 from zoo.train.folder import RunFolder, claim, default_name, find
 from zoo.train.logs import MetricsFile, RunLog
 from zoo.train.module import SequenceModule
+from zoo.train.objectives import MASK_RATE, OBJECTIVES, Masked, Objective
 from zoo.train.report import is_finished, print_table, summarise
 
 
@@ -71,8 +72,9 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
             config.optim,
             max_steps=_decided(config.trainer.max_steps),
             seed=config.seed,
+            objective=_objective(config, data.source),
             slice_values=data.source.slice_values,
-            bytes_per_label=_bytes_per_label(data.source),
+            bytes_per_label=_bytes_per_label(data.source) if config.objective == "causal" else None,
         )
         _rehearse(module, data, _precision(config.trainer.precision, device), device)
         folder, earlier = _open(config, data.source.name, fallback)
@@ -129,12 +131,13 @@ def _write_if_possible(folder: RunFolder, summary: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _rehearse(module: SequenceModule, data: DataModule, precision: Precision, device: torch.device) -> None:
-    """One forward of two tokens: a backend that cannot run here is refused before anything is written.
+    """One forward of two tokens: what cannot run here is refused before anything is written.
 
     Raises:
         BackendError: A backend is asked for by name that does not exist or cannot run.
+        DataError: The objective cannot use the labels of these data.
     """
-    batch = next(iter(data.val_dataloader()))
+    batch = module.objective.prepare(next(iter(data.val_dataloader())), "val", 0)
     few = {name: batch[name][:1, :2].to(device) for name in ("inputs", "segment_ids") if name in batch}
     module.to(device)
     try:
@@ -160,24 +163,40 @@ def pick_device(accelerator: str) -> torch.device:
 
 
 def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
-    """The settings with everything that was left to the dataset filled in.
+    """The settings with everything that was left to the dataset or the objective filled in.
 
     Raises:
-        ConfigError: The vocabulary asked for is too small for the data.
+        ConfigError: The vocabulary asked for is too small for the data, or settings contradict the objective.
     """
-    vocab_size = config.model.get("vocab_size", source.vocab_size)
-    if vocab_size < source.vocab_size:
+    objective = OBJECTIVES[config.objective]
+    needed = source.vocab_size + objective.extra_tokens
+    vocab_size = config.model.get("vocab_size", needed)
+    if vocab_size < needed:
+        mask = ", the mask token included" if objective.extra_tokens else ""
         raise ConfigError(
-            f"arch.vocab_size={vocab_size} is too small for data={source.name}, which has {source.vocab_size} token "
-            f"ids: raise it or leave it out"
+            f"arch.vocab_size={vocab_size} is too small for data={source.name}, which has {needed} token "
+            f"ids{mask}: raise it or leave it out"
         )
+    causal = config.model.get("causal", objective.causal)
+    if objective is Objective and not causal:
+        raise ConfigError(
+            "arch.causal=false sees the tokens that objective=causal asks it to predict: leave arch.causal out, or set "
+            "objective=masked or objective=classify"
+        )
+    if objective is Masked and causal:
+        raise ConfigError(
+            "arch.causal=true sees one side only of the tokens that objective=masked hides: leave arch.causal out"
+        )
+    if objective is not Masked and config.mask_rate is not None:
+        raise ConfigError(f"mask_rate={config.mask_rate} means nothing to objective={config.objective}: leave it out")
     recipe, trainer = source.recipe, config.trainer
     factor = architecture(config.arch).mixer.learning_rate_factor
     max_steps = trainer.max_steps or recipe.max_steps
     val_every = min(trainer.val_every or math.ceil(max_steps / 10), max_steps)
     return dataclasses.replace(
         config,
-        model={**config.model, "vocab_size": vocab_size},
+        model={**config.model, "vocab_size": vocab_size, "causal": causal},
+        mask_rate=(config.mask_rate or MASK_RATE) if objective is Masked else None,
         trainer=dataclasses.replace(trainer, max_steps=max_steps, val_every=val_every),
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or recipe.lr * factor),
     )
@@ -249,6 +268,14 @@ def _precision(name: str, device: torch.device) -> Precision:
     return MixedPrecision("16-mixed" if name == "fp16-mixed" else "bf16-mixed", device.type)
 
 
+def _objective(config: TrainConfig, source: Source[Any]) -> Objective:
+    kind = OBJECTIVES[config.objective]
+    if kind is Masked:
+        assert config.mask_rate is not None
+        return Masked(config.mask_rate, source.vocab_size, config.seed)
+    return kind()
+
+
 def _bytes_per_label(source: Source[Any]) -> dict[str, float]:
     sizes = {"val": source.bytes_per_label("validation"), "test": source.bytes_per_label("test")}
     return {split: size for split, size in sizes.items() if size is not None}
@@ -256,13 +283,15 @@ def _bytes_per_label(source: Source[Any]) -> dict[str, float]:
 
 def _defaults(config: TrainConfig, data_name: str) -> dict[str, dict[str, Any]]:
     classes = {"arch": architecture(config.arch).config, "data": get_data(data_name).config, "optim": OptimConfig}
-    return {
+    defaults = {
         group: {
             f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             for f in dataclasses.fields(cls)
         }
         for group, cls in classes.items()
     }
+    defaults["arch"]["causal"] = OBJECTIVES[config.objective].causal
+    return defaults
 
 
 def _headline(
@@ -274,9 +303,11 @@ def _headline(
     resume_from: Path | None,
 ) -> str:
     params = sum(p.numel() for p in model.parameters())
+    objective = "" if config.objective == "causal" else f", {config.objective}"
+    where = f"{config.trainer.precision} on {device.type}"
     verb = f"resumed from {resume_from.name}" if resume_from else f"{config.trainer.max_steps:,} steps"
     return (
-        f"{config.arch} on {source.name}: {params:,} parameters, {config.trainer.precision} on {device.type}, "
+        f"{config.arch} on {source.name}{objective}: {params:,} parameters, {where}, "
         f"lr {config.optim.lr:g}, {verb} -> {folder.path}"
     )
 
