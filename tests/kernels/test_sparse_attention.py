@@ -416,9 +416,9 @@ def test_views_and_expanded_gradients(backend: str) -> None:
     turned = {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in inputs.items()}
     strided = {n: x.repeat_interleave(2, -1)[..., ::2] for n, x in inputs.items()}
     for same in (views, turned, strided):
-        torch.testing.assert_near(run(same, pattern, backend=backend), expected, rtol=0, atol=0)
+        torch.testing.assert_close(run(same, pattern, backend=backend), expected, rtol=0, atol=0)
     expanded = pattern._replace(lo=pattern.lo.expand(2, -1), hi=pattern.hi.int().expand(2, -1), far=pattern.far.int())
-    torch.testing.assert_near(run(inputs, expanded, backend=backend), expected, rtol=0, atol=0)
+    torch.testing.assert_close(run(inputs, expanded, backend=backend), expected, rtol=0, atol=0)
     gradients = []
     for other in (backend, "reference"):
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
@@ -557,7 +557,7 @@ def run(backend):
     y = sparse_attention(*leaves, pattern, backend=backend)
     return y, *torch.autograd.grad(y.square().sum(), leaves)
 
-torch.testing.assert_near(run("numba"), run("reference"), rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(run("numba"), run("reference"), rtol=1e-4, atol=1e-5)
 print("fine")
 """
 
