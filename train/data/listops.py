@@ -61,7 +61,8 @@ class Preset:
     recipe: Recipe
 
 
-_NANO_EXAMPLES = {"train": 50_000, "validation": 1_024, "test": 2_048}
+# Training examples for an epoch of the recipe's steps: seen several times, they would be learnt by heart.
+_NANO_EXAMPLES = {"train": 200_000, "validation": 1_024, "test": 2_048}
 PRESETS = {
     "nano": Preset(Grammar(5, 5, 9, 64), _NANO_EXAMPLES, 8, 64, 512, Recipe(max_steps=3_000, lr=2e-3)),
     "tiny": Preset(Grammar(4, 4, 5, 32), _NANO_EXAMPLES, 4, 64, 512, Recipe(max_steps=3_000, lr=2e-3)),
