@@ -1,0 +1,170 @@
+"""The forward loops of the numba backend: a softmax that goes through the keys once, tile by tile.
+
+A task is a run of tiles of queries, over heads and rows of the batch; tasks write what no other task writes. Scores
+are to base 2. See `numba_tiles` for tiles, masks and letters.
+"""
+
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+
+from __future__ import annotations
+
+import numpy as np
+
+from zoo.kernels.matrix import add_product, clear, copy, scale
+from zoo.kernels.simd import LANES, LOG2_E, at_least, exp2, jit, load, scratch, splat, store, total
+from zoo.kernels.sparse_attention.numba_tiles import (
+    DILATED,
+    FACTS,
+    KEYS,
+    LIMITS,
+    NEAR,
+    OPEN,
+    QUERIES,
+    fours,
+    load_queries,
+    mask,
+    next_far,
+    next_near,
+    note_near,
+    pack,
+    read_limits,
+    whole,
+)
+
+
+@jit
+def absorb(scores, n, lane, lanes, top, sums, fades):
+    """Turns the scores of `n` keys into weights, relative to the largest score of each query so far.
+
+    Returns whether that changed for any query; then `fades` is what earlier weights have lost by it.
+    """
+    changed = False
+    for i in range(lane, lane + lanes, LANES):
+        old = load(top, i)
+        a, b, c, d = old, old, old, old
+        r = 0
+        while r + 4 <= n:
+            at = r * QUERIES + i
+            a, b = at_least(a, load(scores, at)), at_least(b, load(scores, at + QUERIES))
+            c, d = at_least(c, load(scores, at + 2 * QUERIES)), at_least(d, load(scores, at + 3 * QUERIES))
+            r += 4
+        while r < n:
+            a = at_least(a, load(scores, r * QUERIES + i))
+            r += 1
+        new = at_least(at_least(a, b), at_least(c, d))
+        added = old * 0.0
+        for r in range(n):
+            weight = exp2(load(scores, r * QUERIES + i) - new)
+            store(scores, r * QUERIES + i, weight)
+            added = added + weight
+        fade = exp2(old - new)
+        store(fades, i, fade)
+        store(top, i, new)
+        store(sums, i, load(sums, i) * fade + added)
+        changed |= total(new - old) != 0.0
+    return changed
+
+
+@jit
+def attend(k, k_at, k_row, v, v_at, v_row, n, lane, lanes, width, columns, kind, facts, limits, scores, soft, out):
+    """Takes `n` keys into the outputs of the tile's queries in `lanes` lanes from `lane` on."""
+    top, sums, fades = soft
+    for r in range(fours(n)):
+        clear(scores, r * QUERIES + lane, lanes)
+    add_product(scores, lane, QUERIES, fours(n), lanes, k, k_at, k_row, 1, columns, lane, QUERIES, width)
+    if kind != OPEN:
+        mask(scores, n, lane, lanes, kind, facts, limits)
+    if absorb(scores, n, lane, lanes, top, sums, fades):
+        scale(out, lane * width, width, lanes, width, fades, lane, 1)
+    add_product(out, lane * width, width, lanes, width, scores, lane, 1, QUERIES, v, v_at, v_row, n)
+
+
+@jit
+def finish(soft, out, count, width, y, y_at, y_row, lse, lse_at, step):
+    """Divides by the sums of the weights and writes; a query that saw nothing gets zeros."""
+    top, sums, _ = soft
+    for i in range(count):
+        if sums[i] == 0.0:
+            clear(y, y_at + i * y_row, width)
+            lse[lse_at + i * step] = -np.inf
+        else:
+            copy(out, i * width, width, 1, width, y, y_at + i * y_row, y_row, 1.0 / sums[i])
+            lse[lse_at + i * step] = (top[i] + np.log2(sums[i])) / LOG2_E
+
+
+@jit
+def forward(
+    first, last, sizes, factor, cuts, tiles, q, q_at, k, k_at, v, v_at, spans, span_at, dilations, far, far_sizes,
+    far_at, logs, y, lse,
+):  # fmt: skip
+    """Runs the tasks; see `numba_backend` for the arguments."""
+    n_queries, n_keys, n_heads, n_groups, width, n_tiles = sizes
+    rows, columns = scratch(QUERIES * width, q), scratch(QUERIES * width, q)
+    out, few = scratch(QUERIES * width, q), scratch(KEYS * width, q)
+    more = scratch(KEYS * width, q)
+    scores, limits, facts = scratch(KEYS * QUERIES, q), scratch(LIMITS, q), scratch(FACTS, q)
+    soft = scratch(QUERIES, q), scratch(QUERIES, q), scratch(QUERIES, q)
+    keys, edges = np.empty(KEYS, np.int64), np.empty(2 * QUERIES // LANES, np.int64)
+    lowest = splat(q.dtype.type(np.finfo(q.dtype).min))  # not -inf: its difference to itself is a number
+
+    for entry in range(cuts[first], cuts[last]):
+        b, tile = divmod(entry, n_tiles)
+        head, query, step, count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3]
+        lanes, group = whole(count), head * n_groups // n_heads
+        shift, dilation = n_keys - n_queries, dilations[head] // step
+        some, all_, far_some, far_all = read_limits(
+            spans, span_at, b, query, step, count, shift, dilation, limits, edges
+        )
+        q_row = b * q_at[0] + query * q_at[1] + head * q_at[2]
+        load_queries(q, q_row, step * q_at[1], count, width, factor, rows, columns)
+        clear(out, 0, lanes * width)
+        for i in range(0, lanes, LANES):
+            store(soft[0], i, lowest)
+        clear(soft[1], 0, lanes)
+        k_base, v_base = b * k_at[0] + group * k_at[2], b * v_at[0] + group * v_at[2]
+
+        origin = (shift + query) % step
+        at = some[0]
+        while at < some[1]:
+            n, kind, lane, active = next_near(at, some, all_, lanes, edges)
+            if dilation > 1:
+                kind = NEAR | DILATED
+            if active:
+                if kind != OPEN:
+                    note_near(at, n, dilation, facts)
+                k_row = k_base + (origin + at * step) * k_at[1]
+                v_row = v_base + (origin + at * step) * v_at[1]
+                if n % 4 == 0:
+                    attend(
+                        k, k_row, step * k_at[1], v, v_row, step * v_at[1], n, lane, active, width, columns, kind,
+                        facts, limits, scores, soft, out,
+                    )  # fmt: skip
+                else:
+                    copy(k, k_row, step * k_at[1], n, width, few, 0, width, 1.0)
+                    attend(
+                        few, 0, width, v, v_row, step * v_at[1], n, lane, active, width, columns, kind, facts, limits,
+                        scores, soft, out,
+                    )  # fmt: skip
+            at += n
+
+        if far_sizes[0]:
+            first_far = b * far_at[0] + head * far_at[1] + query // far_sizes[2] * far_at[2]
+            cursor = (0, 0)
+            while cursor[0] < far_sizes[0]:
+                cursor, n, kind = next_far(
+                    cursor, far, logs, first_far, far_sizes, n_keys, dilation, some, all_, far_some, far_all, keys,
+                    facts,
+                )  # fmt: skip
+                if n:
+                    if dilation > 1 and kind != OPEN:
+                        kind |= DILATED
+                    pack(k, k_base, k_at[1], keys, n, width, few)
+                    pack(v, v_base, v_at[1], keys, n, width, more)
+                    attend(
+                        few, 0, width, more, 0, width, n, 0, lanes, width, columns, kind, facts, limits, scores, soft,
+                        out,
+                    )  # fmt: skip
+
+        y_at = ((b * n_queries + query) * n_heads + head) * width
+        lse_at = (b * n_heads + head) * n_queries + query
+        finish(soft, out, count, width, y, y_at, step * n_heads * width, lse, lse_at, step)
