@@ -4,6 +4,7 @@ Letters: B batch, T time, V vocabulary.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import zoo
 from zoo.checkpoint import load_pretrained, save_pretrained
 from zoo.flops import count_flops
 from zoo.kernels.errors import ConfigError
+from zoo.layers.attention import BERT
 from zoo.registry import architecture
 
 VOCAB = 11
@@ -21,14 +23,35 @@ LENGTHS = [1, 2, 63, 65, 127]
 # fp32 relative to the scale of the logits; recurrences and softmax add up in another order when they are cut up.
 TOLERANCE = 2e-5
 
-pytestmark = pytest.mark.parametrize("name", zoo.list_models())
+# Forms of some architectures whose code differs from that of the default form, where lengths of the tests reach it.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "transformer in a window": ("transformer", {"window": 9, "n_kv_heads": 2, "max_positions": 200}),
+    "transformer like BERT": ("transformer", {**BERT, "max_positions": 200}),
+    "longformer, narrow": ("longformer", {"window": 5, "n_global": 3, "n_kv_heads": 2}),
+    "longformer, dilated": (
+        "longformer",
+        {"windows": [3, 6], "dilations": [1, 4], "dilated_heads": 2, "n_global": 2, "rotary": False},
+    ),
+    "bigbird, small blocks": ("bigbird", {"block_size": 4, "n_random_blocks": 2, "n_kv_heads": 2}),
+    "bigbird, no window": (
+        "bigbird",
+        {"block_size": 3, "n_window_blocks": 1, "n_random_blocks": 1, "n_global_blocks": 2},
+    ),
+}
+
+pytestmark = pytest.mark.parametrize("name", [*zoo.list_models(), *FORMS])
 in_both_forms = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def make(name: str, **settings) -> zoo.Model:
+def create(name: str, **settings) -> zoo.Model:
+    arch, form = FORMS.get(name, (name, {}))
+    return zoo.create_model(arch, **form | settings)
+
+
+def make(name: str, causal: bool = True, **settings) -> zoo.Model:
     """A small model whose outputs have a scale worth comparing: published initialisations start almost silent."""
     torch.manual_seed(0)
-    model = zoo.create_model(name, **{"vocab_size": VOCAB, "d_model": 24} | settings)
+    model = create(name, **{"vocab_size": VOCAB, "d_model": 24, "causal": causal} | settings)
     with torch.no_grad():
         for parameter in model.parameters():
             marked = getattr(parameter, "_no_weight_decay", False)
@@ -94,7 +117,7 @@ def test_bidirectional_sees_both_sides(name: str, at: int) -> None:
     changed[:, at] = (changed[:, at] + 1) % VOCAB
     with torch.no_grad():
         moved = (model(changed).logits - model(tokens).logits).abs().amax(-1)  # (B, T)
-    for place in {0, at - 1, at, at + 1, 62} & set(range(63)):
+    for place in {at - 1, at, at + 1} & set(range(63)):
         assert (moved[:, place] > 1e-6).all(), f"token {place} does not see token {at}"
 
 
@@ -188,7 +211,7 @@ def test_save_and_load_round_trip(name: str, causal: bool, tmp_path) -> None:
     save_pretrained(model, tmp_path)
     loaded = load_pretrained(tmp_path)
     assert loaded.config == model.config
-    assert loaded.architecture == name
+    assert loaded.architecture == model.architecture
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
@@ -238,7 +261,7 @@ def test_weight_decay_exemptions(name: str, causal: bool) -> None:
     parameters = dict(model.named_parameters())
     assert exempt <= parameters.keys()
     assert "embedding.weight" in exempt
-    assert "norm.weight" in exempt
+    assert "blocks.0.norms.0.weight" in exempt
     assert all(parameter in exempt for parameter in parameters if parameter.endswith("bias"))
     assert any(parameter not in exempt for parameter in parameters)
 
@@ -254,20 +277,20 @@ def test_generation_is_the_argmax_of_the_whole(name: str) -> None:
 @in_both_forms
 def test_fresh_loss_is_that_of_guessing(name: str, causal: bool) -> None:
     torch.manual_seed(0)
-    model = zoo.create_model(name, vocab_size=64, causal=causal, d_model=64, n_layers=2)
+    model = create(name, vocab_size=64, causal=causal, d_model=64, n_layers=2)
     tokens = torch.randint(64, (4, 50))
     loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), torch.randint(64, (200,)))
     assert loss.item() == pytest.approx(math.log(64), rel=0.05)
 
 
 def test_config_is_checked(name: str) -> None:
-    config = architecture(name).config
+    config = architecture(FORMS.get(name, (name,))[0]).config
     for key, value in {"d_model": -1, "n_layers": 0, "vocab_size": 0, "norm_eps": 0.0}.items():
         with pytest.raises(ConfigError, match=f"{key}=.* is not valid: expected"):
             config(**{"vocab_size": 5} | {key: value})
     with pytest.raises(ConfigError, match="d_model='abc' is not valid: expected an integer"):
-        zoo.create_model(name, vocab_size=5, d_model="abc")
+        create(name, vocab_size=5, d_model="abc")
     with pytest.raises(ConfigError, match="no setting 'd_modle': did you mean 'd_model'"):
-        zoo.create_model(name, vocab_size=5, d_modle=8)
+        create(name, vocab_size=5, d_modle=8)
     with pytest.raises(ConfigError, match="needs vocab_size"):
-        zoo.create_model(name)
+        create(name)

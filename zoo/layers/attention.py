@@ -1,0 +1,245 @@
+"""Softmax attention over keys and values that are kept: what the attention architectures share.
+
+Letters: B batch, T time, S cached keys, D d_model, H query heads, G key/value heads, K head width.
+
+Times count from the first token of a call; what was read before has negative times.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ModelConfig
+from zoo.documents import document_begins, document_ends
+from zoo.kernels.sparse_attention import Pattern
+from zoo.layers.feed_forward import MLP, SwiGLU
+from zoo.layers.rotary import rotary_angles, rotate
+from zoo.mixer import Mixer
+from zoo.settings import setting
+
+BERT = {
+    "causal": False,
+    "norm": "layer",
+    "norm_eps": 1e-12,
+    "post_norm": True,
+    "embedding_norm": True,
+    "rotary": False,
+    "bias": True,
+    "feed_forward": "gelu",
+    "mlm_head": "gelu",
+}
+"""The settings that make an attention architecture an encoder as published (Devlin et al. 2018, arXiv 1810.04805);
+`max_positions` is left to the user: `create_model("longformer", vocab_size=..., max_positions=4096, **BERT)`."""
+
+
+@dataclass(kw_only=True)
+class AttentionConfig(ModelConfig):
+    """Settings that every attention architecture has."""
+
+    n_heads: int = setting(4, "query heads", minimum=1)
+    n_kv_heads: int | None = setting(None, "key/value heads (grouped-query attention); null: n_heads", minimum=1)
+    bias: bool = setting(False, "biases in the projections and in the feed-forward")
+    feed_forward: str = setting("swiglu", "feed-forward", choices=("swiglu", "gelu", "gelu_tanh"))
+    d_ff: int | None = setting(
+        None,
+        "width of the feed-forward; null: 8/3 d_model for swiglu, up to a multiple of 16, else 4 d_model",
+        minimum=1,
+    )
+    rotary: bool = setting(True, "rotary positions; false: none, or those of max_positions")
+    rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=0)
+    backend: str = setting("auto", "kernel backend: auto, or one that `python -m zoo.kernels` lists")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_model % self.n_heads:
+            self.fail("d_model", f"expected a multiple of n_heads={self.n_heads}")
+        if self.rotary and self.d_model % (2 * self.n_heads):
+            self.fail("d_model", f"expected a multiple of 2 n_heads = {2 * self.n_heads}: rotary heads have even width")
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            self.fail("n_kv_heads", f"expected a divisor of n_heads={self.n_heads}")
+
+    def make_feed_forward(self, layer: int) -> Mixer:
+        """The feed-forward of a block."""
+        if self.feed_forward == "swiglu":
+            return SwiGLU(self, layer, self.d_ff or 16 * math.ceil(8 * self.d_model / 3 / 16), bias=self.bias)
+        return MLP(self, layer, self.d_ff or 4 * self.d_model, self.feed_forward, bias=self.bias)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens that later tokens may still see."""
+
+    k: Tensor
+    """(B, S, G, K), rotated by absolute position."""
+    v: Tensor
+    """(B, S, G, K)."""
+    position: Tensor
+    """(B,) int64: number of tokens read so far."""
+    start: Tensor
+    """(B,) int64: position at which the current document began."""
+
+
+class Documents(NamedTuple):
+    """What bounds the sight of each token, as times."""
+
+    begins: Tensor | None
+    """(B, T) time at which the token's document begins; None: all tokens are of one that begins with the first."""
+    ends: Tensor | None
+    """(B, T) time after the last token of its document; None: T."""
+    marks: Tensor | None = None
+    """(B, T) bool: the tokens that the data call global; None: the data say nothing."""
+
+
+class Attention(Mixer):
+    """Attention with a cache of all keys and values; subclasses say in `attend` what each query sees."""
+
+    both_ways = True
+
+    @classmethod
+    def sublayers(cls, config: Any, layer: int) -> list[Mixer]:
+        """Attention, then the feed-forward."""
+        return [cls(config, layer), config.make_feed_forward(layer)]
+
+    def __init__(self, config: AttentionConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.head_dim = config.d_model // config.n_heads
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.causal = config.causal
+        self.rope_base = config.rope_base if config.rotary else None
+        self.backend = config.backend
+        heads = self.n_heads + 2 * self.n_kv_heads
+        self.qkv_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=config.bias)  # queries, keys, values
+        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        nn.init.normal_(self.qkv_proj.weight, std=0.02)
+        nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(2 * config.n_layers))
+        if config.bias:
+            nn.init.zeros_(self.qkv_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        segment_ids: Tensor | None = None,
+        shared: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Any]:
+        """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
+        q, k, v = self._project(x, None if state is None else state.position)
+        documents = self._documents(x, state, segment_ids, shared)
+        if state is not None:
+            k, v = self._with_cache(state, k, v)  # (B, S + T, G, K)
+        y = self.out_proj(self.attend(x, q, k, v, documents).flatten(2))  # (B, T, D)
+        if state is None or documents.begins is None:
+            return y, None
+        return y, self._remember(state, k, v, documents.begins)
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+        """What the last T of S + T tokens draw from those that they see.
+
+        Args:
+            x: (B, T, D), what queries, keys and values were projected from.
+            q: (B, T, H, K).
+            k: (B, S + T, G, K).
+            v: (B, S + T, G, K).
+            documents: What bounds their sight.
+
+        Returns:
+            (B, T, H, K).
+        """
+        raise NotImplementedError
+
+    def _project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K); `position` (B,) is that of the first token."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2G, K)
+        qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
+        if self.rope_base is not None:
+            positions = torch.arange(x.shape[1], device=x.device)  # (T,)
+            if position is not None:
+                positions = position[:, None] + positions  # (B, T)
+            qk = rotate(qk, *rotary_angles(positions, self.head_dim, self.rope_base))
+        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
+        return q, k, v
+
+    def _documents(self, x: Tensor, state: Any, segment_ids: Tensor | None, shared: dict[str, Any] | None) -> Documents:
+        begins = None if segment_ids is None else document_begins(segment_ids)
+        if state is not None:
+            before = (state.start - state.position)[:, None].expand(x.shape[:2])
+            begins = before if begins is None else torch.where(begins == 0, before, begins)
+        ends = None if segment_ids is None else document_ends(segment_ids)
+        return Documents(begins, ends, None if shared is None else shared.get("global_tokens"))
+
+    def _with_cache(self, state: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cat((state.k, k), dim=1), torch.cat((state.v, v), dim=1)
+
+    def _remember(self, state: Any, k: Tensor, v: Tensor, begins: Tensor) -> Any:
+        """The next state, from keys and values old and new."""
+        forget = 0 if self.span is None else max(0, k.shape[1] - self.span)
+        if forget:  # a copy, so that the memory of forgotten keys is given back
+            k, v = k[:, forget:].clone(), v[:, forget:].clone()
+        return KVCache(k, v, state.position + begins.shape[1], state.position + begins[:, -1])
+
+    span: int | None = None
+    """How many keys back from the next token are kept; None: all."""
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """An empty cache."""
+        shape = (batch_size, 0, self.n_kv_heads, self.head_dim)
+        return KVCache(
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(batch_size, device=device, dtype=torch.int64),
+            torch.zeros(batch_size, device=device, dtype=torch.int64),
+        )
+
+    def reset_state(self, state: Any, rows: Tensor) -> Any:
+        """Starts a new document in those rows: what is cached stays, and is no longer seen."""
+        return state._replace(start=torch.where(rows, state.position, state.start))
+
+    def flops(self, seq_len: int) -> int:
+        """Two projections, and two products for each key that a query sees."""
+        projections = self.qkv_proj.weight.numel() + self.out_proj.weight.numel()
+        return 2 * seq_len * projections + 4 * self.pairs(seq_len) * self.head_dim
+
+    def pairs(self, seq_len: int) -> int:
+        """How many pairs of a query and a key that it sees there are in one sequence, over all query heads."""
+        raise NotImplementedError
+
+    def state_size(self, seq_len: int) -> int:
+        """Keys and values of all tokens, or of the last ones, and two counters."""
+        keys = seq_len if self.span is None else min(seq_len, self.span)
+        return 2 * keys * self.n_kv_heads * self.head_dim + 2
+
+
+def window_pattern(
+    length: int,
+    cached: int,
+    documents: Documents,
+    *,
+    left: int | None,
+    right: int | None,
+    device: torch.device,
+) -> Pattern:
+    """A query sees `left` tokens before it, itself and `right` after it, as far as its document goes.
+
+    Args:
+        length: T.
+        cached: Keys before the first query.
+        documents: What bounds their sight.
+        left: None: all before it.
+        right: None: all after it.
+        device: Of the pattern.
+    """
+    times = torch.arange(length, device=device)[None]  # (1, T)
+    lo = torch.full_like(times, -cached) if left is None else times - left
+    hi = torch.full_like(times, length) if right is None else times + right + 1
+    if documents.begins is not None:
+        lo = torch.maximum(lo, documents.begins)
+    hi = hi.clamp(max=length) if documents.ends is None else torch.minimum(hi, documents.ends)
+    return Pattern((lo + cached).clamp(min=0), hi + cached)
