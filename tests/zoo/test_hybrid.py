@@ -20,13 +20,13 @@ def hybrid(**settings) -> zoo.Model:
 
 def test_the_pattern_repeats_over_the_layers() -> None:
     assert kinds(hybrid(n_layers=5, pattern=["transformer", "mamba"])) == [
-        "Attention",
+        "Transformer",
         "Mamba",
-        "Attention",
+        "Transformer",
         "Mamba",
-        "Attention",
+        "Transformer",
     ]
-    assert kinds(hybrid()) == ["Mamba", "Mamba", "Attention"]
+    assert kinds(hybrid()) == ["Mamba", "Mamba", "Transformer"]
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.list_models() if name != "hybrid"])
