@@ -1,12 +1,11 @@
 """Logits, loss and every gradient against `transformers`, with copied random weights: an oracle nobody here wrote."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,20 +13,22 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
 
 import zoo
 
-# Relative to the largest element of each compared tensor, in fp32: both sides add up in another order.
-TOLERANCE = 1e-4
+from .parity import Kept, assert_parity, copy_weights, randomise
 
 LLAMA_SIZES = {
     "plain": {"d_model": 32, "n_heads": 4, "d_ff": 48},
     "grouped queries, untied": {"d_model": 48, "n_heads": 6, "n_kv_heads": 2, "d_ff": 56, "tie_embeddings": False},
     "odd sizes": {"d_model": 30, "n_heads": 3, "n_kv_heads": 1, "d_ff": 37, "rope_base": 500.0, "n_layers": 3},
     "window": {"d_model": 32, "n_heads": 2, "d_ff": 40, "window": 9},
+    "window, grouped queries": {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 40, "window": 63},
 }
 MAMBA_SIZES = {
     "plain": {"d_model": 32},
@@ -46,34 +47,25 @@ RWKV4_SIZES = {
 }
 
 
-def randomise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim >= 2:
-                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-            else:
-                parameter.add_(0.1 * noise)
-
-
-def llama(ours: zoo.Model) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A Llama with our weights, and for each of its parameters ours (a view, so that gradients compare too)."""
+def llama(ours: zoo.Model) -> tuple[nn.Module, dict[str, Any]]:
+    """A Llama, or a Mistral where there is a window, and for each of its parameters the name of ours."""
     c = ours.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.d_model,
-            num_hidden_layers=c.n_layers,
-            num_attention_heads=c.n_heads,
-            num_key_value_heads=c.n_kv_heads or c.n_heads,
-            intermediate_size=c.d_ff,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
-            tie_word_embeddings=c.tie_embeddings,
-            rms_norm_eps=c.norm_eps,
-            attn_implementation="sdpa",
-        )
-    )
+    sizes = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.d_model,
+        "num_hidden_layers": c.n_layers,
+        "num_attention_heads": c.n_heads,
+        "num_key_value_heads": c.n_kv_heads or c.n_heads,
+        "intermediate_size": c.d_ff,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        "tie_word_embeddings": c.tie_embeddings,
+        "rms_norm_eps": c.norm_eps,
+        "attn_implementation": "sdpa",
+    }
+    if c.window is None:
+        theirs = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        theirs = MistralForCausalLM(MistralConfig(**sizes, sliding_window=c.window))
     names = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
     parts: dict[str, tuple[str, slice]] = {}
     if not c.tie_embeddings:
@@ -191,26 +183,6 @@ def rwkv4(ours: zoo.Model) -> tuple[nn.Module, dict[str, Any]]:
     return theirs, names | {f"{a}.{kind}": f"{b}.{kind}" for a, b in norms.items() for kind in ("weight", "bias")}
 
 
-class Kept(NamedTuple):
-    """Their share of the current token, where ours is that of the previous one."""
-
-    name: str
-    row: int
-
-
-def ours_for(source, tensors: dict[str, Tensor], like: Tensor, gradient: bool = False) -> Tensor:
-    """Our tensor in the shape of theirs; `source` is a name, or one with rows."""
-    if isinstance(source, Kept):
-        share = tensors[source.name][source.row].reshape(like.shape)
-        return -share if gradient else 1 - share
-    name, rows = source if isinstance(source, tuple) else (source, slice(None))
-    return tensors[name][rows].reshape(like.shape)
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
-
-
 CASES = [("transformer", llama, size) for size in LLAMA_SIZES.items()]
 CASES += [("mamba", mamba, size) for size in MAMBA_SIZES.items()]
 CASES += [("mamba2", mamba2, size) for size in MAMBA2_SIZES.items()]
@@ -223,33 +195,7 @@ def test_logits_loss_and_gradients(name, build, size, time) -> None:
     ours = zoo.create_model(name, vocab_size=53, **size[1])
     randomise(ours)
     theirs, sources = build(ours)
-    weights = dict(ours.named_parameters())
-    untouched = {n for n, _ in theirs.named_parameters()} ^ sources.keys()
-    assert not untouched, "every parameter has its counterpart"
-    with torch.no_grad():
-        for parameter, source in sources.items():
-            target = theirs.get_parameter(parameter)
-            target.copy_(ours_for(source, weights, target))
-
+    copy_weights(ours, theirs, sources)
     tokens, targets = torch.randint(53, (2, time)), torch.randint(53, (2, time))
-    extra = {}
-    if getattr(ours.config, "window", None):  # their Llama has no window, so it gets one as a mask
-        i = torch.arange(time)
-        seen = (i[:, None] >= i) & (i[:, None] - i < ours.config.window)
-        extra["attention_mask"] = torch.where(seen, 0.0, torch.finfo(torch.float32).min).expand(2, 1, time, time)
-    out, expected = ours(tokens).logits, theirs(tokens, **extra).logits
-    assert relative_error(out, expected) < TOLERANCE
-    loss, expected_loss = (F.cross_entropy(o.flatten(0, 1), targets.flatten()) for o in (out, expected))
-    assert abs(loss.item() / expected_loss.item() - 1) < TOLERANCE
-    loss.backward()
-    expected_loss.backward()
-    grads = {n: p.grad for n, p in weights.items()}
-    for parameter, source in sources.items():
-        target = theirs.get_parameter(parameter)
-        expected_grad = torch.zeros_like(target) if target.grad is None else target.grad
-        actual = ours_for(source, grads, expected_grad, gradient=True)
-        if expected_grad.abs().max() < 1e-6:  # a lone token has nothing to attend to: rounding noise
-            assert time == 1
-            assert actual.abs().max() < 1e-6
-        else:
-            assert relative_error(actual, expected_grad) < TOLERANCE, parameter
+    # A lone token has nothing to attend to.
+    assert_parity(ours, theirs, sources, ours(tokens).logits, theirs(tokens).logits, targets, lambda _: time == 1)
