@@ -14,12 +14,13 @@ from zoo.kernels.errors import CheckpointError, ConfigError, DataError
 from zoo.train import cli
 from zoo.train.config import train_config
 from zoo.train.data import IGNORE, DataModule, create_source
+from zoo.train.folder import default_name
 from zoo.train.help import help_text
 from zoo.train.metrics import TokenMetrics
 from zoo.train.module import SequenceModule
 from zoo.train.objectives import OBJECTIVES, Classify, Masked, Objective
 from zoo.train.optim import OptimConfig
-from zoo.train.run import decide
+from zoo.train.run import _defaults, decide
 
 from .conftest import TINY, same
 
@@ -197,6 +198,21 @@ def test_what_is_left_open_follows_the_objective(words, causal, vocab_size, mask
     assert ("causal" in config.model) == ("arch.causal" in words)
     config = decide(config, create_source(config.data))
     assert (config.model["causal"], config.model["vocab_size"], config.mask_rate) == (causal, vocab_size, mask_rate)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("", "mamba-listops"),
+        ("objective=classify", "mamba-listops-classify"),
+        ("objective=classify arch.causal=false", "mamba-listops-classify"),
+        ("objective=classify arch.causal=true", "mamba-listops-classify-causalTrue"),
+        ("objective=masked mask_rate=0.2 seed=1", "mamba-listops-masked-mask_rate0.2-s1"),
+    ],
+)
+def test_a_run_is_named_by_its_objective(words, name):
+    config = train_config(["arch=mamba", "data=listops", *words.split()])
+    assert default_name(config.to_dict("listops"), _defaults(config, "listops")) == name
 
 
 @pytest.mark.parametrize(
