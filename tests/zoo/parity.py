@@ -54,7 +54,7 @@ def ours_for(source: Source, tensors: Mapping[str, Tensor], like: Tensor, gradie
 def copy_weights(ours: zoo.Model, theirs: nn.Module, sources: Mapping[str, Source]) -> None:
     """Gives every parameter of theirs our weights."""
     untouched = {name for name, _ in theirs.named_parameters()} ^ sources.keys()
-    assert not untouched, "every parameter has its counterpart"
+    assert not untouched, f"every parameter has its counterpart, and these have none: {sorted(untouched)}"
     weights = dict(ours.named_parameters())
     with torch.no_grad():
         for parameter, source in sources.items():
