@@ -1,7 +1,8 @@
 """The backward loops of the numba backend: the weights again from the scores and their log-sum-exp, tile by tile.
 
-A task is a run of tiles of queries of one row of the batch and one key/value head; it has sums of its own for the
-gradients of the keys that it may see. `reduce` adds them up in a fixed order. See `numba_tiles` for tiles and masks.
+A task is a run of tiles of queries of one row of the batch and one key/value head. Where several tasks share the keys
+of a head, each has sums of its own for the keys that it sees, and `reduce` adds them up in a fixed order. See
+`numba_tiles` for tiles, masks and letters.
 """
 
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
@@ -10,26 +11,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from zoo.kernels.matrix import add_product, add_scaled, clear, copy
+from zoo.kernels.matrix import add_product, add_scaled, copy
 from zoo.kernels.simd import LANES, LOG2_E, exp2, jit, load, scratch, store, total
 from zoo.kernels.sparse_attention.numba_tiles import (
-    DILATED,
     FACTS,
     KEYS,
     LIMITS,
-    NEAR,
     OPEN,
     QUERIES,
     fours,
     load_queries,
     mask,
-    next_far,
-    next_near,
-    note_near,
+    next_tile,
     pack,
     read_limits,
     unpack,
     whole,
+    zeros,
 )
 
 
@@ -78,111 +76,85 @@ def adjoin(
 @jit
 def backward(
     first, last, sizes, factor, cuts, tiles, q, q_at, k, k_at, v, v_at, spans, span_at, dilations, far, far_sizes,
-    far_at, logs, y, lse, dy, ranges, starts, dq, dk, dv,
+    far_at, logs, y, lse, dy, ranges, starts, d_row, dq, dk, dv,
 ):  # fmt: skip
-    """Runs the tasks; see `numba_backend` for the arguments. dk is to be multiplied by ln 2 still."""
+    """Runs the tasks; see `numba_backend` for the arguments."""
     n_queries, n_keys, n_heads, n_groups, width, n_tiles = sizes
     q_rows, q_columns = scratch(QUERIES * width, q), scratch(QUERIES * width, q)
     dy_rows, dy_columns = scratch(QUERIES * width, q), scratch(QUERIES * width, q)
-    few, more = scratch(KEYS * width, q), scratch(KEYS * width, q)
-    few_grad, more_grad = scratch(KEYS * width, q), scratch(KEYS * width, q)
+    few_k, few_v = scratch(KEYS * width, q), scratch(KEYS * width, q)
+    few_dk, few_dv = scratch(KEYS * width, q), scratch(KEYS * width, q)
     scores, grads = scratch(KEYS * QUERIES, q), scratch(KEYS * QUERIES, q)
-    own_grad = scratch(QUERIES * width, q)
+    own_dq = scratch(QUERIES * width, q)
     limits, facts, sums = scratch(LIMITS, q), scratch(FACTS, q), scratch(2 * QUERIES, q)
     keys, edges = np.empty(KEYS, np.int64), np.empty(2 * QUERIES // LANES, np.int64)
     own = q_rows, q_columns, dy_rows, dy_columns, sums
 
     for task in range(first, last):
-        start, n_seen, base = ranges[task, 0], ranges[task, 1], starts[task]
-        clear(dk, base, n_seen * width)
-        clear(dv, base, n_seen * width)
+        zeros(dk, starts[task], d_row, ranges[task, 1], width)
+        zeros(dv, starts[task], d_row, ranges[task, 1], width)
+        base = starts[task] - ranges[task, 0] * d_row
         for entry in range(cuts[task], cuts[task + 1]):
             b, tile = divmod(entry, n_tiles)
             head, query, step, count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3]
             lanes, group = whole(count), head * n_groups // n_heads
             shift, dilation = n_keys - n_queries, dilations[head] // step
-            some, all_, far_some, far_all = read_limits(
-                spans, span_at, b, query, step, count, shift, dilation, limits, edges
-            )
+            sight = read_limits(spans, span_at, b, (query, step, count), shift, dilation, limits, edges)
             q_row = b * q_at[0] + query * q_at[1] + head * q_at[2]
             load_queries(q, q_row, step * q_at[1], count, width, factor, q_rows, q_columns)
+            for i in range(0, width * QUERIES, LANES):
+                store(q_columns, i, load(q_columns, i) * LOG2_E)
             y_at, y_row = ((b * n_queries + query) * n_heads + head) * width, step * n_heads * width
             load_queries(dy, y_at, y_row, count, width, 1.0, dy_rows, dy_columns)
             lse_at = (b * n_heads + head) * n_queries + query
             read_sums(lse, lse_at, step, dy_rows, y, y_at, y_row, count, width, sums)
-            clear(own_grad, 0, lanes * width)
+            zeros(own_dq, 0, width, lanes, width)
             k_base, v_base = b * k_at[0] + group * k_at[2], b * v_at[0] + group * v_at[2]
-
+            far_ranges = far, logs, b * far_at[0] + head * far_at[1] + query // far_sizes[2] * far_at[2], far_sizes
             origin = (shift + query) % step
-            at = some[0]
-            while at < some[1]:
-                n, kind, lane, active = next_near(at, some, all_, lanes, edges)
-                if dilation > 1:
-                    kind = NEAR | DILATED
-                if active:
-                    if kind != OPEN:
-                        note_near(at, n, dilation, facts)
-                    key = origin + at * step
-                    k_row, v_row = k_base + key * k_at[1], v_base + key * v_at[1]
-                    d_at = base + (key - start) * width
-                    if n % 4 == 0:
-                        adjoin(
-                            k, k_row, step * k_at[1], v, v_row, step * v_at[1], n, lane, active, count, width, own,
-                            kind, facts, limits, scores, grads, own_grad, dk, dv, d_at, step * width,
-                        )  # fmt: skip
-                    else:
-                        for r in range(n):
-                            keys[r] = key + r * step
-                        copy(k, k_row, step * k_at[1], n, width, few, 0, width, 1.0)
-                        copy(v, v_row, step * v_at[1], n, width, more, 0, width, 1.0)
-                        clear(few_grad, 0, fours(n) * width)
-                        clear(more_grad, 0, fours(n) * width)
-                        adjoin(
-                            few, 0, width, more, 0, width, n, lane, active, count, width, own, kind, facts, limits,
-                            scores, grads, own_grad, few_grad, more_grad, 0, width,
-                        )  # fmt: skip
-                        unpack(few_grad, keys, start, n, width, dk, base)
-                        unpack(more_grad, keys, start, n, width, dv, base)
-                at += n
-
-            if far_sizes[0]:
-                first_far = b * far_at[0] + head * far_at[1] + query // far_sizes[2] * far_at[2]
-                cursor = (0, 0)
-                while cursor[0] < far_sizes[0]:
-                    cursor, n, kind = next_far(
-                        cursor, far, logs, first_far, far_sizes, n_keys, dilation, some, all_, far_some, far_all, keys,
-                        facts,
+            cursor = (sight[0][0], 0, 0)
+            while True:
+                cursor, n, kind, lane, active, key, gap = next_tile(
+                    cursor, sight, lanes, edges, origin, step, dilation, far_ranges, n_keys, keys, facts
+                )
+                if n == 0:
+                    break
+                if active == 0:
+                    continue
+                if gap:
+                    adjoin(
+                        k, k_base + key * k_at[1], gap * k_at[1], v, v_base + key * v_at[1], gap * v_at[1], n, lane,
+                        active, count, width, own, kind, facts, limits, scores, grads, own_dq, dk, dv,
+                        base + key * d_row, gap * d_row,
                     )  # fmt: skip
-                    if n:
-                        if dilation > 1 and kind != OPEN:
-                            kind |= DILATED
-                        pack(k, k_base, k_at[1], keys, n, width, few)
-                        pack(v, v_base, v_at[1], keys, n, width, more)
-                        clear(few_grad, 0, fours(n) * width)
-                        clear(more_grad, 0, fours(n) * width)
-                        adjoin(
-                            few, 0, width, more, 0, width, n, 0, lanes, count, width, own, kind, facts, limits,
-                            scores, grads, own_grad, few_grad, more_grad, 0, width,
-                        )  # fmt: skip
-                        unpack(few_grad, keys, start, n, width, dk, base)
-                        unpack(more_grad, keys, start, n, width, dv, base)
-            copy(own_grad, 0, width, count, width, dq, y_at, y_row, factor / LOG2_E)
+                else:
+                    pack(k, k_base, k_at[1], keys, n, width, few_k)
+                    pack(v, v_base, v_at[1], keys, n, width, few_v)
+                    zeros(few_dk, 0, width, fours(n), width)
+                    zeros(few_dv, 0, width, fours(n), width)
+                    adjoin(
+                        few_k, 0, width, few_v, 0, width, n, lane, active, count, width, own, kind, facts, limits,
+                        scores, grads, own_dq, few_dk, few_dv, 0, width,
+                    )  # fmt: skip
+                    unpack(few_dk, n, width, keys, dk, base, d_row)
+                    unpack(few_dv, n, width, keys, dv, base, d_row)
+            copy(own_dq, 0, width, count, width, dq, y_at, y_row, factor)
 
 
 @jit
-def reduce(first, last, sizes, block, n_parts, ranges, starts, parts, factor, out):
-    """Writes factor * the sum of the parts' gradients, for some blocks of keys; zero elsewhere."""
+def reduce(first, last, sizes, block, n_parts, ranges, starts, parts, out):
+    """Adds up the parts' gradients for some blocks of keys of a row of the batch; zero where no part has any."""
     n_keys, n_groups, width = sizes
     n_blocks = -(-n_keys // block)
     row = n_groups * width
     for task in range(first, last):
         b, i = divmod(task, n_blocks)
         low, high = i * block, min(n_keys, (i + 1) * block)
-        clear(out, (b * n_keys + low) * row, (high - low) * row)
+        zeros(out, (b * n_keys + low) * row, row, high - low, row)
         for group in range(n_groups):
             for part in range((b * n_groups + group) * n_parts, (b * n_groups + group + 1) * n_parts):
                 begin, end = max(low, ranges[part, 0]), min(high, ranges[part, 0] + ranges[part, 1])
                 if begin < end:
                     source = starts[part] + (begin - ranges[part, 0]) * width
                     o = (b * n_keys + begin) * row + group * width
-                    add_scaled(parts, source, width, end - begin, width, out, o, row, factor)
+                    add_scaled(parts, source, width, end - begin, width, out, o, row, 1.0)

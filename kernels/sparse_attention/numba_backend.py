@@ -26,6 +26,9 @@ RUNS = 64
 PARTS = 16
 """Tasks of the backward pass at least; more tasks per key/value head take more memory and a longer sum."""
 
+PART_TILES = 4
+"""Tiles of queries of such a task at least, on average: fewer are not worth a sum of their own."""
+
 BLOCK = 64
 """Keys of a task that adds up the gradients of the backward pass's tasks."""
 
@@ -159,23 +162,30 @@ def backward(
     work = _prepare(q, k, lo, hi, dilation, far, tile, far_length, far_counts, first, last)
     # From the sizes alone, not from the number of threads, so that the result does not depend on it either.
     n_lists = n_batch * n_groups
-    n_parts = -(-PARTS // n_lists)
+    n_parts = max(1, min(-(-PARTS // n_lists), work.n_tiles // n_groups // PART_TILES))
     lists = (np.arange(n_batch)[:, None] * work.n_tiles + work.groups[:-1]).reshape(-1)
     n_tasks = n_lists * n_parts
     cuts, ranges = np.empty(n_tasks + 1, np.int64), np.empty((n_tasks, 2), np.int64)
     pairs = numba_plan.cut(work.reach, np.append(lists, n_batch * work.n_tiles), n_parts, cuts, ranges)
     padded = _pad(q)
     width = padded.shape[-1]
-    starts = np.cumsum(ranges[:, 1]) * width
     dq = torch.empty(padded.shape, dtype=dtype)
-    own_dk, own_dv = (torch.empty(int(starts[-1]), dtype=dtype).numpy() for _ in range(2))
-    starts = starts - ranges[:, 1] * width
+    dk, dv = (torch.empty((n_batch, n_keys, n_groups, width), dtype=dtype) for _ in range(2))
+    alone = n_parts == 1
+    if alone:
+        ranges[:] = 0, n_keys
+        starts = ((np.arange(n_batch)[:, None] * n_keys * n_groups + np.arange(n_groups)) * width).reshape(-1)
+        parts_dk, parts_dv, row = dk, dv, n_groups * width
+    else:
+        ends = np.cumsum(ranges[:, 1])
+        starts, row = (ends - ranges[:, 1]) * width, width
+        parts_dk, parts_dv = (torch.empty(int(ends[-1]) * width, dtype=dtype) for _ in range(2))
     parallel.run(
         numba_adjoint.backward,
         n_tasks,
         pairs * width // LANES,
         (n_queries, n_keys, n_heads, n_groups, width, work.n_tiles),
-        scale * LOG2_E,
+        scale,
         cuts,
         work.tiles,
         *rows(padded, dtype),
@@ -187,23 +197,21 @@ def backward(
         _pad(dy).to(dtype).contiguous().view(-1).numpy(),
         ranges,
         starts,
-        dq.view(-1).numpy(),
-        own_dk,
-        own_dv,
+        row,
+        *(gradient.view(-1).numpy() for gradient in (dq, parts_dk, parts_dv)),
     )
-    dk, dv = (torch.empty((n_batch, n_keys, n_groups, width), dtype=dtype) for _ in range(2))
-    for parts, out, factor in ((own_dk, dk, 1 / LOG2_E), (own_dv, dv, 1.0)):
-        parallel.run(
-            numba_adjoint.reduce,
-            n_batch * -(-n_keys // BLOCK),
-            len(parts),
-            (n_keys, n_groups, width),
-            BLOCK,
-            n_parts,
-            ranges,
-            starts,
-            parts,
-            factor,
-            out.view(-1).numpy(),
-        )
+    if not alone:
+        for parts, out in ((parts_dk, dk), (parts_dv, dv)):
+            parallel.run(
+                numba_adjoint.reduce,
+                n_batch * -(-n_keys // BLOCK),
+                parts.numel(),
+                (n_keys, n_groups, width),
+                BLOCK,
+                n_parts,
+                ranges,
+                starts,
+                parts.numpy(),
+                out.view(-1).numpy(),
+            )
     return dq[..., :n_channels], dk[..., :n_channels], dv[..., :n_channels]

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from zoo.kernels.matrix import add_product, clear, copy, scale
+from zoo.kernels.matrix import add_product, scale
 from zoo.kernels.simd import LANES, LOG2_E, at_least, exp2, jit, load, scratch, splat, store, total
 from zoo.kernels.sparse_attention.numba_tiles import (
-    DILATED,
     FACTS,
     KEYS,
     LIMITS,
-    NEAR,
     OPEN,
     QUERIES,
     fours,
     load_queries,
     mask,
-    next_far,
-    next_near,
-    note_near,
+    next_tile,
     pack,
     read_limits,
     whole,
+    zeros,
 )
 
 
@@ -69,8 +66,7 @@ def absorb(scores, n, lane, lanes, top, sums, fades):
 def attend(k, k_at, k_row, v, v_at, v_row, n, lane, lanes, width, columns, kind, facts, limits, scores, soft, out):
     """Takes `n` keys into the outputs of the tile's queries in `lanes` lanes from `lane` on."""
     top, sums, fades = soft
-    for r in range(fours(n)):
-        clear(scores, r * QUERIES + lane, lanes)
+    zeros(scores, lane, QUERIES, fours(n), lanes)
     add_product(scores, lane, QUERIES, fours(n), lanes, k, k_at, k_row, 1, columns, lane, QUERIES, width)
     if kind != OPEN:
         mask(scores, n, lane, lanes, kind, facts, limits)
@@ -84,12 +80,14 @@ def finish(soft, out, count, width, y, y_at, y_row, lse, lse_at, step):
     """Divides by the sums of the weights and writes; a query that saw nothing gets zeros."""
     top, sums, _ = soft
     for i in range(count):
+        lse[lse_at + i * step] = (top[i] + np.log2(sums[i])) / LOG2_E
         if sums[i] == 0.0:
-            clear(y, y_at + i * y_row, width)
             lse[lse_at + i * step] = -np.inf
+            zeros(y, y_at + i * y_row, 0, 1, width)
         else:
-            copy(out, i * width, width, 1, width, y, y_at + i * y_row, y_row, 1.0 / sums[i])
-            lse[lse_at + i * step] = (top[i] + np.log2(sums[i])) / LOG2_E
+            factor = splat(out.dtype.type(1.0) / sums[i])
+            for c in range(0, width, LANES):
+                store(y, y_at + i * y_row + c, load(out, i * width + c) * factor)
 
 
 @jit
@@ -99,9 +97,8 @@ def forward(
 ):  # fmt: skip
     """Runs the tasks; see `numba_backend` for the arguments."""
     n_queries, n_keys, n_heads, n_groups, width, n_tiles = sizes
-    rows, columns = scratch(QUERIES * width, q), scratch(QUERIES * width, q)
-    out, few = scratch(QUERIES * width, q), scratch(KEYS * width, q)
-    more = scratch(KEYS * width, q)
+    rows, columns, out = scratch(QUERIES * width, q), scratch(QUERIES * width, q), scratch(QUERIES * width, q)
+    few_k, few_v = scratch(KEYS * width, q), scratch(KEYS * width, q)
     scores, limits, facts = scratch(KEYS * QUERIES, q), scratch(LIMITS, q), scratch(FACTS, q)
     soft = scratch(QUERIES, q), scratch(QUERIES, q), scratch(QUERIES, q)
     keys, edges = np.empty(KEYS, np.int64), np.empty(2 * QUERIES // LANES, np.int64)
@@ -112,59 +109,37 @@ def forward(
         head, query, step, count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3]
         lanes, group = whole(count), head * n_groups // n_heads
         shift, dilation = n_keys - n_queries, dilations[head] // step
-        some, all_, far_some, far_all = read_limits(
-            spans, span_at, b, query, step, count, shift, dilation, limits, edges
-        )
+        sight = read_limits(spans, span_at, b, (query, step, count), shift, dilation, limits, edges)
         q_row = b * q_at[0] + query * q_at[1] + head * q_at[2]
         load_queries(q, q_row, step * q_at[1], count, width, factor, rows, columns)
-        clear(out, 0, lanes * width)
+        zeros(out, 0, width, lanes, width)
+        zeros(soft[1], 0, 0, 1, lanes)
         for i in range(0, lanes, LANES):
             store(soft[0], i, lowest)
-        clear(soft[1], 0, lanes)
         k_base, v_base = b * k_at[0] + group * k_at[2], b * v_at[0] + group * v_at[2]
-
+        ranges = far, logs, b * far_at[0] + head * far_at[1] + query // far_sizes[2] * far_at[2], far_sizes
         origin = (shift + query) % step
-        at = some[0]
-        while at < some[1]:
-            n, kind, lane, active = next_near(at, some, all_, lanes, edges)
-            if dilation > 1:
-                kind = NEAR | DILATED
-            if active:
-                if kind != OPEN:
-                    note_near(at, n, dilation, facts)
-                k_row = k_base + (origin + at * step) * k_at[1]
-                v_row = v_base + (origin + at * step) * v_at[1]
-                if n % 4 == 0:
-                    attend(
-                        k, k_row, step * k_at[1], v, v_row, step * v_at[1], n, lane, active, width, columns, kind,
-                        facts, limits, scores, soft, out,
-                    )  # fmt: skip
-                else:
-                    copy(k, k_row, step * k_at[1], n, width, few, 0, width, 1.0)
-                    attend(
-                        few, 0, width, v, v_row, step * v_at[1], n, lane, active, width, columns, kind, facts, limits,
-                        scores, soft, out,
-                    )  # fmt: skip
-            at += n
-
-        if far_sizes[0]:
-            first_far = b * far_at[0] + head * far_at[1] + query // far_sizes[2] * far_at[2]
-            cursor = (0, 0)
-            while cursor[0] < far_sizes[0]:
-                cursor, n, kind = next_far(
-                    cursor, far, logs, first_far, far_sizes, n_keys, dilation, some, all_, far_some, far_all, keys,
-                    facts,
+        cursor = (sight[0][0], 0, 0)
+        while True:
+            cursor, n, kind, lane, active, key, gap = next_tile(
+                cursor, sight, lanes, edges, origin, step, dilation, ranges, n_keys, keys, facts
+            )
+            if n == 0:
+                break
+            if active == 0:
+                continue
+            if gap:
+                attend(
+                    k, k_base + key * k_at[1], gap * k_at[1], v, v_base + key * v_at[1], gap * v_at[1], n, lane,
+                    active, width, columns, kind, facts, limits, scores, soft, out,
                 )  # fmt: skip
-                if n:
-                    if dilation > 1 and kind != OPEN:
-                        kind |= DILATED
-                    pack(k, k_base, k_at[1], keys, n, width, few)
-                    pack(v, v_base, v_at[1], keys, n, width, more)
-                    attend(
-                        few, 0, width, more, 0, width, n, 0, lanes, width, columns, kind, facts, limits, scores, soft,
-                        out,
-                    )  # fmt: skip
-
+            else:
+                pack(k, k_base, k_at[1], keys, n, width, few_k)
+                pack(v, v_base, v_at[1], keys, n, width, few_v)
+                attend(
+                    few_k, 0, width, few_v, 0, width, n, lane, active, width, columns, kind, facts, limits, scores,
+                    soft, out,
+                )  # fmt: skip
         y_at = ((b * n_queries + query) * n_heads + head) * width
         lse_at = (b * n_heads + head) * n_queries + query
         finish(soft, out, count, width, y, y_at, step * n_heads * width, lse, lse_at, step)

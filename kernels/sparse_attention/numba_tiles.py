@@ -63,26 +63,25 @@ def load_queries(source, at, row, count, width, factor, rows, columns):
 
 
 @jit
-def read_limits(spans, span_at, b, query, step, count, shift, dilation, limits, edges):
+def read_limits(spans, span_at, b, tile, shift, dilation, limits, edges):
     """Fills the limits of a tile's queries, in class numbers, and finds what can be said of all of them.
 
     Args:
         spans: The arrays lo, hi, first, last.
         span_at: Their strides over B and T.
         b: Row of the batch.
-        query: First query of the tile.
-        step: Distance of its queries, and of the keys of its class.
-        count: How many queries it has.
+        tile: First query, distance and number of the queries.
         shift: S - T.
-        dilation: Of its head.
+        dilation: That is left to the masks.
         limits: Written.
-        edges: Written: for each vector of queries its first and last near key.
+        edges: Written: for each vector of queries the first near key of any and the one after the last.
 
     Returns:
-        First near key of any query and the one after the last; the same of the keys that all queries see; the same
-        two pairs for far keys; all in class numbers.
+        Four intervals, in class numbers: near keys that any query sees, that all of them see, far keys that any query
+        may see, that all of them may.
     """
     lo, hi, first, last = spans
+    query, step, count = tile
     origin = (shift + query) % step
     none = np.int64(1) << 40
     some, all_, far_some, far_all = (none, -none), (-none, none), (none, -none), (-none, none)
@@ -108,15 +107,16 @@ def read_limits(spans, span_at, b, query, step, count, shift, dilation, limits, 
             limits[FIRST + lane], limits[LAST + lane] = begin, end - 1
             far_some = (min(far_some[0], begin), max(far_some[1], end))
             far_all = (max(far_all[0], begin), min(far_all[1], end))
-            limits[PHASE + lane] = (shift + t) % dilation
+            if dilation > 1:
+                limits[PHASE + lane] = (shift + t) % dilation
         edges[i // LANES * 2], edges[i // LANES * 2 + 1] = edge
         some = (min(some[0], edge[0]), max(some[1], edge[1]))
     return some, all_, far_some, far_all
 
 
 @jit
-def next_near(at, some, all_, lanes, edges):
-    """The near tile that begins at key `at`: how many keys, whether masked, and the first lane and how many lanes."""
+def _next_near(at, some, all_, lanes, edges):
+    """The tile of near keys that begins at `at`: how many keys, whether masked, the first lane and how many lanes."""
     if at >= all_[0] and at + KEYS <= min(all_[1], some[1]):
         return KEYS, OPEN, 0, lanes
     stop = min(at + STRIP, some[1])
@@ -131,76 +131,112 @@ def next_near(at, some, all_, lanes, edges):
 
 
 @jit
-def note_near(at, n, dilation, facts):
-    """Notes the facts about `n` near keys from `at` on."""
-    for r in range(n):
-        facts[POSITION + r] = at + r
-        facts[KEY_PHASE + r] = (at + r) % dilation
+def _next_far(m, r, sight, ranges, n_keys, dilation, keys, facts):
+    """Collects up to KEYS far keys that any query sees, from key r of range m on; see `next_tile`.
 
-
-@jit
-def next_far(cursor, far, logs, far_at, sizes, n_keys, dilation, some, all_, far_some, far_all, keys, facts):
-    """Collects the next up to KEYS far keys that any query of the tile sees.
-
-    Args:
-        cursor: (range, key within the range) to go on at.
-        far: First keys of the ranges.
-        logs: Base-2 logarithm of how often each range counts; empty where each counts once.
-        far_at: Where the ranges of this tile begin, in `far` and in `logs`.
-        sizes: M, and keys per range.
-        n_keys: S.
-        dilation: Of the head.
-        some: See `read_limits`; so are the next three.
-        all_: See `some`.
-        far_some: See `some`.
-        far_all: See `some`.
-        keys: Written: the keys.
-        facts: Written.
-
-    Returns:
-        The cursor behind them, how many they are, and how they are masked.
+    Returns where to go on, how many keys they are, how they are masked, and whether they lie behind each other.
     """
-    m, r = cursor
-    n, kind = 0, OPEN
-    while m < sizes[0] and n < KEYS:
-        start = far[far_at + m]
-        weight = logs[far_at + m] if logs.size else logs.dtype.type(0)
-        stop = min(start + sizes[1], n_keys, far_some[1])
+    some, all_, far_some, far_all = sight
+    far, logs, first_range, (n_ranges, length, _) = ranges
+    n, kind, straight = 0, OPEN, True
+    while m < n_ranges and n < KEYS:
+        start = far[first_range + m]
+        weight = logs[first_range + m] if logs.size else logs.dtype.type(0)
+        stop = min(start + length, n_keys, far_some[1])
         key = max(start + r, far_some[0])
         if start < 0 or weight == -np.inf:
             key = stop
         while key < stop and n < KEYS:
-            # Seen as a near key by all of them: then not once more.
             if dilation == 1 and all_[0] <= key < all_[1]:
-                key = all_[1]
+                key = all_[1]  # a near key for all of them, and none of them counts it twice
                 continue
             if weight != 0.0 or some[0] <= key < some[1] or key < far_all[0] or key >= far_all[1]:
                 kind = FAR
+            straight &= n == 0 or keys[n - 1] + 1 == key
             keys[n] = key
-            facts[POSITION + n], facts[WEIGHT + n], facts[KEY_PHASE + n] = key, weight, key % dilation
+            facts[POSITION + n], facts[WEIGHT + n] = key, weight
             n += 1
             key += 1
         if key < stop:
             r = key - start
         else:
             m, r = m + 1, 0
-    return (m, r), n, kind
+    return m, r, n, kind, straight
+
+
+@jit
+def next_tile(cursor, sight, lanes, edges, origin, step, dilation, ranges, n_keys, keys, facts):
+    """Finds the next keys that any query of a tile sees: first the near ones, then those of the far ranges.
+
+    Args:
+        cursor: (near key, far range, key within it) to go on at.
+        sight: What `read_limits` returned.
+        lanes: Lanes of the tile.
+        edges: See `read_limits`.
+        origin: First key of the tile's class.
+        step: Distance of the class's keys.
+        dilation: That is left to the masks.
+        ranges: The arrays of far ranges and of the base-2 logarithms of their counts (empty where each counts once),
+            where those of this tile begin, and (M, keys per range, queries per row).
+        n_keys: S.
+        keys: Written where the keys do not lie evenly.
+        facts: Written where they are masked.
+
+    Returns:
+        The cursor behind them; how many they are, 0 at the end; how they are masked; the first lane that sees any and
+        how many lanes; the first key; their distance, 0 where they do not lie evenly or are no multiple of 4.
+    """
+    at, m, r = cursor
+    if at < sight[0][1]:
+        n, kind, lane, active = _next_near(at, sight[0], sight[1], lanes, edges)
+        key, gap = origin + at * step, step
+        cursor = (at + n, m, r)
+        if dilation > 1:
+            kind = NEAR
+        if kind != OPEN:
+            for i in range(n):
+                facts[POSITION + i] = at + i
+        if n % 4:
+            for i in range(n):
+                keys[i] = key + i * step
+    else:
+        m, r, n, kind, straight = _next_far(m, r, sight, ranges, n_keys, dilation, keys, facts)
+        lane, active, key, gap = 0, lanes, keys[0], np.int64(straight)
+        cursor = (at, m, r)
+    if dilation > 1 and kind != OPEN:
+        kind |= DILATED
+        for i in range(n):
+            facts[KEY_PHASE + i] = np.int64(facts[POSITION + i]) % dilation
+    if n % 4:
+        gap = 0
+    return cursor, n, kind, lane, active, key, gap
 
 
 @jit
 def pack(source, at, row, keys, n, width, out):
     """Copies the rows of some keys to scratch."""
     for r in range(n):
-        copy(source, at + keys[r] * row, row, 1, width, out, r * width, width, 1.0)
+        a, o = at + keys[r] * row, r * width
+        for c in range(0, width, LANES):
+            store(out, o + c, load(source, a + c))
 
 
 @jit
-def unpack(source, keys, origin, n, width, out, at):
-    """Adds rows of scratch to those of some keys; `out` begins with key `origin`."""
+def unpack(source, n, width, keys, out, at, row):
+    """Adds rows of scratch to those of some keys."""
     for r in range(n):
-        o = at + (keys[r] - origin) * width
+        a, o = r * width, at + keys[r] * row
         for c in range(0, width, LANES):
-            store(out, o + c, load(out, o + c) + load(source, r * width + c))
+            store(out, o + c, load(out, o + c) + load(source, a + c))
+
+
+@jit
+def zeros(out, at, row, height, width):
+    """Clears rows of whole vectors."""
+    zero = splat(out.dtype.type(0.0))
+    for r in range(height):
+        for c in range(at + r * row, at + r * row + width, LANES):
+            store(out, c, zero)
 
 
 @inlined
