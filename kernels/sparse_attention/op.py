@@ -12,11 +12,12 @@ The pattern arrives as its fields (see `Pattern`), its values checked, its integ
 None, dilation a list. Tensors arrive in their own dtypes and with any strides. y (B, T, H, K) has q's dtype and is
 contiguous. lse (B, H, T) is the logarithm of each query's softmax denominator, -inf where it sees nothing, in float32
 (float64 for float64 inputs: `state_dtype`), contiguous. Gradients may have any floating dtype.
+
+cuda_backend is another matter: `attend(q, k, v, pattern, scale) -> y` stands in the place of the ops, autograd and all.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -38,17 +39,11 @@ def _flex(device_type: str, features: backends.Features) -> str | None:
     return backends.missing("triton", "'subquadratic-zoo[cuda]'")
 
 
-def _numba(device_type: str, features: backends.Features) -> str | None:
-    if importlib.util.find_spec("zoo.kernels.sparse_attention.numba_backend") is None:
-        return "its loops are not written yet"
-    return backends.numba(device_type, features)
-
-
 backends.register(
     "sparse_attention",
     [
         backends.Backend("cuda", _flex),
-        backends.Backend("numba", _numba),
+        backends.Backend("numba", backends.numba),
         backends.Backend("torch", backends.anywhere),
         backends.Backend("reference", backends.anywhere),
     ],
@@ -184,6 +179,10 @@ def sparse_attention(
         if not torch.compiler.is_compiling():
             _check_values(sizes["S"], lo, hi, far, pattern.far_counts)
         return reference(q, k, v, pattern, scale)[0]
+    if chosen == "cuda":
+        from zoo.kernels.sparse_attention import cuda_backend  # late, because it loads the compiler
+
+        return cuda_backend.attend(q, k, v, pattern._replace(lo=lo, hi=hi, far=far, first=first, last=last), scale)
     y, _ = torch.ops.zoo.sparse_attention_forward(
         q,
         k,

@@ -28,7 +28,7 @@ from zoo.kernels.sparse_attention.pattern import Pattern, batch_of
 BLOCK = 64
 """Most queries per block: a block of Q computes about Q logits per query beyond those of a window."""
 
-CHUNK = 1 << 18
+CHUNK = 1 << 19
 """Logits that are worked on together."""
 
 LOG2_E = math.log2(math.e)
