@@ -114,6 +114,20 @@ class Model(nn.Module):
             DataError: The tokens or segment ids have a wrong shape or type, or lie outside the vocabulary; there are
                 more tokens than learned positions; the architecture knows no global tokens.
         """
+        x, next_state = self.read(tokens, state, segment_ids, global_tokens)
+        return ModelOutput(self.predict(x), next_state, {})
+
+    def read(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        segment_ids: Tensor | None = None,
+        global_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState | None]:
+        """What `forward` computes before the head, (B, T, D), and the next state; arguments and errors are the same.
+
+        For callers that want few of the logits, or not all of them at once: see `predict`.
+        """
         if not torch.compiler.is_compiling():
             self._check(tokens, state, segment_ids, global_tokens)
         if state is not None and segment_ids is not None:
@@ -130,13 +144,16 @@ class Model(nn.Module):
             x, next_states = block(x, None if state is None else state.layers[i], segment_ids, shared)
             next_layers.append(next_states)
         x = self.norm(x)
+        if state is None or positions is None:
+            return x, None
+        segment = state.segment if segment_ids is None else segment_ids[:, -1]
+        return x, ModelState(tuple(next_layers), segment, positions[:, -1] + 1)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """The logits, (..., V), of what `read` returned, (..., D)."""
         if self.transform is not None:
             x = self.transform(x)
-        logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight, self.head_bias)
-        if state is None or positions is None:
-            return ModelOutput(logits, None, {})
-        segment = state.segment if segment_ids is None else segment_ids[:, -1]
-        return ModelOutput(logits, ModelState(tuple(next_layers), segment, positions[:, -1] + 1), {})
+        return F.linear(x, self.embedding.weight if self.head is None else self.head.weight, self.head_bias)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -238,14 +255,22 @@ class Model(nn.Module):
                     f"global_tokens of shape {tuple(global_tokens.shape)} and type {global_tokens.dtype}: expected "
                     f"bool of the shape of the tokens, {tuple(tokens.shape)}"
                 )
-        # On a GPU this look would wait for the device at every step; an id out of range asserts there anyway.
-        if tokens.device.type == "cpu" and tokens.numel():
-            low, high = (int(v) for v in torch.aminmax(tokens))
-            if low < 0 or high >= self.config.vocab_size:
-                raise DataError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}: "
-                    f"raise vocab_size or mend the data"
-                )
+        self.check_vocabulary(tokens)
+
+    def check_vocabulary(self, tokens: Tensor) -> None:
+        """Looks at tokens on the CPU; on a GPU that would wait for the device, and an id out of range asserts there.
+
+        Raises:
+            DataError: One lies outside the vocabulary.
+        """
+        if tokens.device.type != "cpu" or not tokens.numel():
+            return
+        low, high = (int(v) for v in torch.aminmax(tokens))
+        if low < 0 or high >= self.config.vocab_size:
+            raise DataError(
+                f"token id {low if low < 0 else high} is outside the vocabulary 0..{self.config.vocab_size - 1}: "
+                f"raise vocab_size or mend the data"
+            )
 
 
 def _sublayers(arch: Architecture, config: ModelConfig, layer: int) -> list[Mixer]:
