@@ -160,6 +160,19 @@ class BigBird(Attention):
         listed = torch.cat((listed, drawn[None]), dim=-1)
         return listed, torch.ones_like(listed, dtype=torch.float32)
 
+    def is_global(self, place: Tensor, size: Tensor) -> Tensor:
+        """See `Attention.is_global`."""
+        row, n_blocks = place // self.block, (size + self.block - 1) // self.block
+        return (row < self.n_global) | ((row >= n_blocks - self.n_global) & (not self.causal))
+
+    def is_near(self, query: Tensor, key: Tensor, size: Tensor) -> Tensor:
+        """See `Attention.is_near`."""
+        side = self.n_window - 1 if self.causal else self.n_window // 2
+        near = (query // self.block - key // self.block).abs() <= side
+        if self.max_blocks is None:
+            return near
+        return near | ((size + self.block - 1) // self.block <= 2 * self.n_random + 5)  # all is seen
+
     def pairs(self, seq_len: int) -> int:
         """See `Attention.pairs`; counted."""
         pattern = self.pattern(whole_document(seq_len, self.block, torch.device("cpu")), seq_len)

@@ -198,6 +198,10 @@ class Longformer(Attention):
             far = far.masked_fill(far + far_length > closes[..., None], -1).flatten(2)
         return Pattern(lo, hi, dilations, far[:, None], TILE, far_length, first=first, last=last)
 
+    def is_global(self, place: Tensor, size: Tensor) -> Tensor:
+        """See `Attention.is_global`; the data mark none."""
+        return place < self.n_global
+
     def _with_global_queries(self, queries: GlobalQueries, x: Tensor, y: Tensor, documents: Documents) -> Tensor:
         """Puts what global tokens draw from their whole document in the place of `y` (B, T, H, K)."""
         batch, length, _ = x.shape

@@ -186,6 +186,25 @@ class Attention(Mixer):
     span: int | None = None
     """How many keys back from the next token are kept; None: all."""
 
+    block = 1
+    """Tokens of a document that are seen or not seen together, the first ones, the next ones and so on."""
+
+    def is_global(self, place: Tensor, size: Tensor) -> Tensor:
+        """Which tokens all of their document see (and which, if not causal, see all of it), for pictures.
+
+        Args:
+            place: Of each token in its document, integers of any shape.
+            size: Tokens of that document.
+
+        Returns:
+            bool.
+        """
+        return torch.zeros_like(place, dtype=torch.bool)
+
+    def is_near(self, query: Tensor, key: Tensor, size: Tensor) -> Tensor:
+        """Which keys a query would see in its window if it saw them, for pictures; arguments as in `is_global`."""
+        return torch.ones_like(query + key, dtype=torch.bool)
+
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> Any:
