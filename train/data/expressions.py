@@ -19,7 +19,7 @@ from zoo.kernels.errors import ConfigError
 from zoo.train.data.base import SPLITS
 
 # Part of what the cache is found by: raise it whenever `generate` gives other expressions for the same arguments.
-FORMAT = 1
+FORMAT = 2
 
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 """Least, greatest, median (of an even number, the mean of the middle two without its fraction), sum modulo 10."""
@@ -31,7 +31,8 @@ PADDING = READ_OUT + 1
 SYMBOLS = (*map(str, range(DIGITS)), *(f"[{name}" for name in OPERATORS), "]", "=", "_")
 """How the tokens are written, by id."""
 
-_TREES = 4_096  # drawn at once; the expressions of a seed depend on it
+# Drawn at once, as many as have so many nodes at the most; the expressions of a seed depend on both numbers.
+_TREES, _NODES = 4_096, 2**23
 _DRAWS_PER_EXPRESSION = 1_000
 
 
@@ -113,6 +114,7 @@ def generate(grammar: Grammar, num_examples: int, split: str, data_seed: int) ->
     tokens: list[np.ndarray] = []
     values, depths = [], []
     seen: set[bytes] = set()
+    trees = max(1, min(_TREES, _NODES // grammar.max_length))
     drawn = 0
     while len(tokens) < num_examples:
         if drawn > _DRAWS_PER_EXPRESSION * (len(tokens) + 100):
@@ -121,11 +123,12 @@ def generate(grammar: Grammar, num_examples: int, split: str, data_seed: int) ->
                 f"{grammar.max_length} tokens in {drawn:,} draws, not {num_examples}: ask for fewer examples, or widen "
                 f"data.min_length and data.max_length"
             )
-        forest = _draw(grammar, share, bits)
-        drawn += _TREES
+        forest, whole = _draw(grammar, share, bits, trees)
+        drawn += trees
         lengths, results, nesting = _measure(forest)
         flat, ends = _write(forest, lengths), np.cumsum(lengths[0])
-        for tree in np.flatnonzero((lengths[0] >= grammar.min_length) & (lengths[0] <= grammar.max_length)):
+        right = (lengths[0] >= grammar.min_length) & (lengths[0] <= grammar.max_length)
+        for tree in np.flatnonzero(whole & right):
             expression = flat[ends[tree] - lengths[0][tree] : ends[tree]]
             key = hashlib.blake2b(expression.tobytes(), digest_size=16).digest()
             # Tenths 0 to 7 are training, 8 validation, 9 test.
@@ -137,24 +140,32 @@ def generate(grammar: Grammar, num_examples: int, split: str, data_seed: int) ->
     return Expressions(tokens[:num_examples], np.array(values[:num_examples]), np.array(depths[:num_examples]))
 
 
-def _draw(grammar: Grammar, share: int, bits: np.random.PCG64) -> list[_Level]:
-    """Trees by levels. Their roots are operators: a lone digit would be too short for every grammar."""
+def _draw(grammar: Grammar, share: int, bits: np.random.PCG64, trees: int) -> tuple[list[_Level], np.ndarray]:
+    """Trees by levels, and which of them are whole, (trees,): one that grows too long is cut where it does.
+
+    Their roots are operators: a lone digit would be too short for every grammar.
+    """
     levels = []
-    width = _TREES
+    owners = np.arange(trees)  # (M,): the tree of each node
+    sizes = np.ones(trees, dtype=np.int64)  # nodes so far, those of the next level included
     for depth in range(1, grammar.max_depth + 1):
         # Raw output, as numpy promises never to change it; the remainders' bias is below 2^-50.
-        chance, choice = bits.random_raw((2, width))
+        chance, choice = bits.random_raw((2, len(owners)))
         operators = ((chance >> np.uint64(11)) < share) & (depth < grammar.max_depth)
         if depth == 1:
             operators[:] = True
         kind, choice = choice % np.uint64(len(OPERATORS)), choice // np.uint64(len(OPERATORS))
         number = choice % np.uint64(grammar.max_arguments - 1) + np.uint64(2)
+        arguments = np.where(operators, number, 0).astype(np.int64)
+        sizes += np.bincount(owners, weights=arguments, minlength=trees).astype(np.int64)
+        operators &= sizes[owners] <= grammar.max_length
+        arguments[~operators] = 0
         symbols = np.where(operators, kind + np.uint64(FIRST_OPERATOR), choice % np.uint64(DIGITS))
-        levels.append(_Level(symbols.astype(np.int64), np.where(operators, number, 0).astype(np.int64)))
-        width = int(levels[-1].arguments.sum())
-        if not width:
+        levels.append(_Level(symbols.astype(np.int64), arguments))
+        owners = np.repeat(owners, arguments)
+        if not len(owners):
             break
-    return levels
+    return levels, sizes <= grammar.max_length
 
 
 def _measure(levels: list[_Level]) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:

@@ -148,7 +148,7 @@ def test_expressions_of_this_format_are_pinned():
     # The cache is found by FORMAT: when this hash has to change, FORMAT has to change with it. Every process, whatever
     # it did before, comes to the same bytes.
     tokens = [t.tobytes() for split in SPLITS for t in generate(PRESETS["nano"].grammar, 100, split, 7).tokens]
-    assert (FORMAT, hashlib.sha256(b"|".join(tokens)).hexdigest()[:16]) == (1, "7c4c867c267023aa")
+    assert (FORMAT, hashlib.sha256(b"|".join(tokens)).hexdigest()[:16]) == (2, "0e20acd9aee50712")
 
 
 def test_splits_and_seeds_have_streams_of_their_own():
@@ -180,6 +180,14 @@ def _all_short(split) -> Expressions:
 def test_too_few_expressions_are_one_clear_line():
     with pytest.raises(ConfigError, match=r"found \d+ different train expressions of 4 to 4 tokens in [\d,]+ draws"):
         generate(Grammar(2, 2, 4, 4), 400, "train", 0)
+
+
+def test_trees_that_outgrow_the_length_are_cut_not_kept_and_not_grown():
+    """Every argument an operator: whole trees would have 100^20 nodes."""
+    with pytest.raises(ConfigError, match="found 0 different"):
+        generate(Grammar(21, 100, 50, 60, 1.0), 1, "train", 0)
+    found = generate(Grammar(20, 10, 300, 400, 0.2), 50, "train", 0)
+    assert [solve(tokens) for tokens in found.tokens] == list(zip(found.values, found.depths, strict=True))
 
 
 def test_no_global_random_state_is_read_or_moved():
