@@ -8,6 +8,7 @@ from zoo.kernels.errors import ZooError
 from zoo.mixer import Mixer
 from zoo.model import Model, ModelOutput, ModelState, create_model, state_bytes
 from zoo.registry import list_models, register
+from zoo.scoring import score
 
 __all__ = [
     "Mixer",
@@ -23,5 +24,6 @@ __all__ = [
     "load_pretrained",
     "register",
     "save_pretrained",
+    "score",
     "state_bytes",
 ]
