@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zoo.kernels.errors import DataError
+
 _NONE = 2**40  # sorts behind every block
 
 
@@ -43,9 +45,9 @@ def draw_distinct(rows: Tensor, available: Tensor, n_heads: int, n_random: int, 
     return torch.where(drawn < _NONE, drawn, -1)
 
 
-def _hash(seed: int, layer: int, *parts: Tensor | int) -> Tensor:
+def _hash(seed: int, *parts: Tensor | int) -> Tensor:
     """Numbers from 0 to 2^31 - 1, by the finalizer of splitmix64 after each part."""
-    state = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15 + layer))
+    state = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15))
     for part in parts:
         state = (state.to(part.device) if isinstance(part, Tensor) else state) + part + _signed(0x9E3779B97F4A7C15)
         state = (state ^ _shift(state, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -79,6 +81,9 @@ def transformers_plan(n_blocks: int, block: int, n_random: int, n_heads: int, la
 
     Returns:
         (H, N, R) int64; -1 in the first and the last row, which see everything.
+
+    Raises:
+        DataError: A block has fewer than R others to draw from; `transformers` fails there too.
     """
     random = np.random.RandomState(layer)
     plan = np.full((n_heads, n_blocks, n_random), -1, dtype=np.int64)
@@ -87,6 +92,11 @@ def transformers_plan(n_blocks: int, block: int, n_random: int, n_heads: int, la
         for head in range(n_heads):
             for row in range(1, max_blocks - 1):
                 drawn = random.permutation(_candidates(row, last, max_blocks))[:n_random]
+                if len(drawn) < n_random:
+                    raise DataError(
+                        f"in {n_blocks * block} tokens, transformers finds fewer than {n_random} random blocks of "
+                        f"{block}: set n_random_blocks or block_size lower, or plan=hash"
+                    )
                 if row < n_blocks - 1:
                     plan[head, row] = drawn
         return torch.from_numpy(plan)
