@@ -103,7 +103,7 @@ def _backward(
     gradients = backends.load("sparse_attention", backend).backward(
         q, k, v, lo, hi, dilation, far, tile, far_length, far_counts, first, last, scale, y, lse, dy
     )
-    return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, (q, k, v), strict=True))  # type: ignore[return-value]
+    return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, (q, k, v), strict=True))
 
 
 @_backward.register_fake
