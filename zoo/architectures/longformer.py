@@ -76,7 +76,7 @@ class LongformerState(NamedTuple):
     global_v: Tensor
     """(B, P, G, K)."""
     k: Tensor
-    """(B, S, G, K), S <= W times the largest dilation, rotated by absolute position."""
+    """(B, S, G, K), S <= W times the largest dilation, rotated as in `KVCache`."""
     v: Tensor
     """(B, S, G, K)."""
     position: Tensor
@@ -224,6 +224,10 @@ class Longformer(Attention):
 
     def _with_cache(self, state: LongformerState, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat((state.global_k, state.k, k), dim=1), torch.cat((state.global_v, state.v, v), dim=1)
+
+    def _cached_positions(self, state: LongformerState) -> Tensor:
+        first = state.start[:, None] + torch.arange(self.n_global, device=state.k.device)
+        return torch.cat((first, super()._cached_positions(state)), dim=1)
 
     def _remember(self, state: LongformerState, k: Tensor, v: Tensor, begins: Tensor) -> LongformerState:
         length = begins.shape[1]

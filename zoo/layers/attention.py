@@ -18,7 +18,8 @@ from zoo.config import ModelConfig
 from zoo.documents import document_begins, document_ends
 from zoo.kernels.sparse_attention import Pattern
 from zoo.layers.feed_forward import MLP, SwiGLU
-from zoo.layers.rotary import rotary_angles, rotate
+from zoo.layers.rope_scaling import SCALINGS, make_scaling
+from zoo.layers.rotary import Rotary
 from zoo.mixer import Mixer
 from zoo.settings import setting
 
@@ -51,7 +52,13 @@ class AttentionConfig(ModelConfig):
         minimum=1,
     )
     rotary: bool = setting(True, "rotary positions; false: none, or those of max_positions")
-    rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=0)
+    rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=1)
+    rope_scaling: dict[str, Any] = setting(
+        {}, f"for longer sequences than in training: {{type: yarn, factor: 8}}; types {', '.join(SCALINGS)}"
+    )
+    trained_length: int | None = setting(
+        None, "length of the sequences in training, where rope_scaling begins; null: rope_scaling says it", minimum=2
+    )
     backend: str = setting("auto", "kernel backend: auto, or one that `python -m zoo.kernels` lists")
 
     def __post_init__(self) -> None:
@@ -62,6 +69,16 @@ class AttentionConfig(ModelConfig):
             self.fail("d_model", f"expected a multiple of 2 n_heads = {2 * self.n_heads}: rotary heads have even width")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             self.fail("n_kv_heads", f"expected a divisor of n_heads={self.n_heads}")
+        if self.rope_scaling and not self.rotary:
+            self.fail("rope_scaling", "expected nothing where rotary=false")
+        self.make_rotary()
+
+    def make_rotary(self) -> Rotary | None:
+        """What rotates queries and keys, if anything does."""
+        if not self.rotary:
+            return None
+        width = self.d_model // self.n_heads
+        return Rotary(width, self.rope_base, make_scaling(self.rope_scaling, self.trained_length, width))
 
     def make_feed_forward(self, layer: int) -> Mixer:
         """The feed-forward of a block."""
@@ -74,7 +91,7 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens that later tokens may still see."""
 
     k: Tensor
-    """(B, S, G, K), rotated by absolute position."""
+    """(B, S, G, K), rotated by absolute position; not yet rotated where the rotation grows with the length."""
     v: Tensor
     """(B, S, G, K)."""
     position: Tensor
@@ -110,7 +127,7 @@ class Attention(Mixer):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads
         self.causal = config.causal
-        self.rope_base = config.rope_base if config.rotary else None
+        self.rotary = config.make_rotary()
         self.backend = config.backend
         heads = self.n_heads + 2 * self.n_kv_heads
         self.qkv_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=config.bias)  # queries, keys, values
@@ -129,11 +146,18 @@ class Attention(Mixer):
         shared: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Any]:
         """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
-        q, k, v = self._project(x, None if state is None else state.position)
         documents = self._documents(x, state, segment_ids, shared)
+        qk, v = self._project(x)
+        late = state is not None and self.rotary is not None and self.rotary.grows
+        if self.rotary is not None and not late:
+            qk = self.rotary(qk, self._positions(x, state), self._lengths(x, documents))
+        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         if state is not None:
             k, v = self._with_cache(state, k, v)  # (B, S + T, G, K)
-        y = self.out_proj(self.attend(x, q, k, v, documents).flatten(2))  # (B, T, D)
+        seen = k
+        if late:
+            q, seen = self._rotate_late(x, q, k, state, documents)
+        y = self.out_proj(self.attend(x, q, seen, v, documents).flatten(2))  # (B, T, D)
         if state is None or documents.begins is None:
             return y, None
         return y, self._remember(state, k, v, documents.begins)
@@ -153,17 +177,39 @@ class Attention(Mixer):
         """
         raise NotImplementedError
 
-    def _project(self, x: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, T, H, K), keys and values (B, T, G, K); `position` (B,) is that of the first token."""
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2G, K)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys (B, T, H + G, K), values (B, T, G, K)."""
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], dim=2)
-        if self.rope_base is not None:
-            positions = torch.arange(x.shape[1], device=x.device)  # (T,)
-            if position is not None:
-                positions = position[:, None] + positions  # (B, T)
-            qk = rotate(qk, *rotary_angles(positions, self.head_dim, self.rope_base))
-        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
-        return q, k, v
+        return qk, v
+
+    def _positions(self, x: Tensor, state: Any) -> Tensor:
+        """How many tokens were read before each, (T,) or (B, T)."""
+        times = torch.arange(x.shape[1], device=x.device)
+        return times if state is None else state.position[:, None] + times
+
+    def _lengths(self, x: Tensor, documents: Documents) -> Tensor | None:
+        """The length so far of each token's document, (1,) or (B, T), where the rotation needs it."""
+        if self.rotary is None or not self.rotary.grows:
+            return None
+        ends = torch.tensor([x.shape[1]], device=x.device) if documents.ends is None else documents.ends
+        return ends if documents.begins is None else ends - documents.begins
+
+    def _rotate_late(self, x: Tensor, q: Tensor, k: Tensor, state: Any, documents: Documents) -> tuple[Tensor, Tensor]:
+        """Queries and all keys rotated for the lengths that documents have now."""
+        lengths, positions = self._lengths(x, documents), self._positions(x, state)
+        assert self.rotary is not None
+        assert lengths is not None
+        # What is cached and still seen is of the document that goes on.
+        cached = self._cached_positions(state)
+        of_cached = lengths[:, :1].expand_as(cached)
+        q = self.rotary(q, positions, lengths)
+        return q, self.rotary(k, torch.cat((cached, positions), dim=1), torch.cat((of_cached, lengths), dim=1))
+
+    def _cached_positions(self, state: Any) -> Tensor:
+        """Positions of the cached keys that `_with_cache` puts in front, (B, S)."""
+        held = state.k.shape[1]
+        return state.position[:, None] - held + torch.arange(held, device=state.k.device)
 
     def _documents(self, x: Tensor, state: Any, segment_ids: Tensor | None, shared: dict[str, Any] | None) -> Documents:
         begins = None if segment_ids is None else document_begins(segment_ids)
