@@ -13,6 +13,7 @@ VERBS = {
     "train": ("zoo.train", "train an architecture: zoo train arch=mamba data=mqar"),
     "list": ("zoo.list", "table of the registered architectures"),
     "generate": ("zoo.generate", "continue a text with a trained model: zoo generate model=runs/mamba-pystdlib"),
+    "score": ("zoo.score", "how well a trained model predicts a text: zoo score model=runs/mamba-pystdlib text=a.py"),
     "masks": ("zoo.masks", "draw what attention sees: zoo masks arch=longformer window=8 out=mask.png"),
     "kernels": ("zoo.kernels", "operators, their backends, and which would run on this machine"),
 }

@@ -163,11 +163,14 @@ def parse_overrides(settings: type[S], arguments: Sequence[str], owner: str) -> 
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"{word!r} is not an argument of {owner}: write key=value, see --help")
-        values[key] = text if hints.get(key) in (str, None) else _parse(text)
+        hint = hints.get(key)
+        is_text = hint in (str, None) or (hint == str | None and text != "null")
+        values[key] = text if is_text else parse_value(text)
     return settings.from_dict(values, owner)
 
 
-def _parse(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """A value as the command line writes it: JSON, or else a text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
