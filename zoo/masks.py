@@ -58,7 +58,7 @@ class MasksConfig(Settings):
 def sights(settings: MasksConfig, words: Sequence[str]) -> list[Sight]:
     """What the layers see that the command line names; `words` are settings of the architecture."""
     arch = architecture(settings.arch)
-    config = parse_overrides(arch.config, ["vocab_size=1", *words], f"architecture {arch.name!r}")
+    config = parse_overrides(arch.config, [*_irrelevant(words), *words], f"architecture {arch.name!r}")
     length = settings.length or 0
     if config.max_positions is not None and length > config.max_positions:
         settings.fail("length", f"expected at most max_positions={config.max_positions}")
@@ -76,6 +76,12 @@ def sights(settings: MasksConfig, words: Sequence[str]) -> list[Sight]:
             settings.fail("layer", f"expected one that attends: {', '.join(map(str, attending))}, or all")
         found.append(sight)
     return found
+
+
+def _irrelevant(words: Sequence[str]) -> list[str]:
+    """Settings that change no mask, such that they suit the others."""
+    heads = [text for key, _, text in (word.partition("=") for word in words) if key == "n_heads"]
+    return ["vocab_size=1", *(f"d_model={2 * max(1, int(text))}" for text in heads if text.isdecimal())]
 
 
 def main() -> None:
@@ -96,7 +102,8 @@ def main() -> None:
         raise ZooError(f"no picture is drawn: {missing}")
     from zoo.mask_figure import draw
 
-    subject = " ".join([*words, *(["training=true"] if settings.training else [])])
+    told = ("arch", "layer", "length", "out")  # elsewhere in the picture
+    subject = " ".join(word for word in arguments if word.partition("=")[0] not in told)
     draw(found, settings.arch, subject, settings.documents, Path(settings.out))
     print(f"wrote {settings.out}")
 

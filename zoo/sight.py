@@ -1,12 +1,12 @@
 """What attention really sees: a layer is asked by inputs from which every output tells the keys that went into it.
 
-Letters: T time, D d_model, H query heads, G key/value heads, K head width.
+Letters: B batch, T time, D d_model, H query heads, G key/value heads, K head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def look(
 
     Args:
         arch: A registered architecture.
-        config: Its settings; d_model does not matter.
+        config: Its settings.
         layer: Number of the block.
         length: T.
         documents: Lengths of packed documents, T in all; None: one document.
@@ -92,9 +92,6 @@ def look(
     attention = attention_of(arch, config, layer)
     if attention is None:
         return None
-    # Heads must be wide enough for a number per token; rotary ones are of even width.
-    attention = attention_of(arch, replace(config, d_model=attention.n_heads * (length + length % 2)), layer)
-    assert attention is not None
     lengths = torch.tensor(documents or [length])
     segment_ids = torch.arange(len(lengths)).repeat_interleave(lengths)[None]  # (1, T)
     weights, kept = probe(attention.train(training), length, segment_ids if documents else None)
@@ -113,9 +110,8 @@ def look(
 
 
 def attention_of(arch: Architecture, config: ModelConfig, layer: int) -> Attention | None:
-    """The attention of a block, without memory for its weights."""
-    with torch.device("meta"):
-        sublayers = arch.mixer.sublayers(config, layer)
+    """The attention of a block, with fresh weights; None where it has none."""
+    sublayers = arch.mixer.sublayers(config, layer)
     return next((mixer for mixer in sublayers if isinstance(mixer, Attention)), None)
 
 
@@ -123,33 +119,36 @@ def attention_of(arch: Architecture, config: ModelConfig, layer: int) -> Attenti
 def probe(attention: Attention, length: int, segment_ids: Tensor | None) -> tuple[Tensor, int | None]:
     """Asks a layer what its queries see. Its weights are lost.
 
-    Queries and keys are zero, so that all that is seen gets the same share; the value of token t is 1 at place t of
-    each head and 0 elsewhere, so that what a query draws are these shares.
+    Queries and keys are zero, so that all that is seen gets the same share. K tokens at a time have values, each a 1
+    at a place of its own, so that what a query draws are the shares of these.
 
     Args:
-        attention: With heads at least as wide as the sequence is long.
+        attention: The layer.
         length: T.
         segment_ids: (1, T), or None.
 
     Returns:
         How often each key counts, (H, T, T), and how many keys the state keeps, None if there is no state.
     """
-    attention.to_empty(device="cpu")
+    width = attention.head_dim
     for parameter in attention.parameters():
         parameter.zero_()
-    width = attention.head_dim
     projections = [attention.qkv_proj.weight[-attention.n_kv_heads * width :]]
     projections += [module.value.weight for module in attention.modules() if isinstance(module, GlobalQueries)]
-    for weight in projections:  # (G K, D) or (H K, D)
+    for weight in projections:  # (G K, D) or (H K, D): each head gets the first K of D
         weight.copy_(torch.eye(width, weight.shape[1]).repeat(weight.shape[0] // width, 1))
     nn.init.eye_(attention.out_proj.weight)
-    x = torch.eye(length, attention.qkv_proj.in_features)[None]  # (1, T, D)
 
-    drawn = attention(x, None, segment_ids)[0].unflatten(-1, (-1, width))  # (1, T, H, K)
-    shares = drawn[0, :, :, :length].transpose(0, 1)  # (H, T, T)
-    smallest = torch.where(shares > 0, shares, 1.0).amin(-1, keepdim=True)
+    times = torch.arange(length)
+    rows = -(-length // width)
+    x = torch.zeros(rows, length, attention.qkv_proj.in_features)  # (B, T, D)
+    x[times // width, times, times % width] = 1
+    if segment_ids is not None:
+        segment_ids = segment_ids.expand(rows, -1)
+    drawn = attention(x, None, segment_ids)[0].unflatten(-1, (-1, width))  # (B, T, H, K)
+    shares = drawn.permute(2, 1, 0, 3).flatten(2)[..., :length]  # (H, T, T)
+    weights = (shares / torch.where(shares > 0, shares, 1.0).amin(-1, keepdim=True)).round()
     if not attention.causal:
-        return (shares / smallest).round(), None
-    state = attention(x, attention.init_state(1), segment_ids)[1]
-    kept = sum(part.shape[1] for part in state if part.ndim == 4) // 2  # (1, keys, G, K), keys and values
-    return (shares / smallest).round(), kept
+        return weights, None
+    state = attention(x, attention.init_state(rows), segment_ids)[1]
+    return weights, sum(part.shape[1] for part in state if part.ndim == 4) // 2  # (B, S, G, K), keys and values
