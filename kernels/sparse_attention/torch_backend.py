@@ -79,9 +79,9 @@ class _Blocks:
         """(P|1, T) -> (P X, Q), zeros behind the end."""
         return F.pad(x.expand(self.rows, -1), (0, self.lacking)).reshape(-1, self.size)
 
-    def split(self, x: Tensor, padding: float = 0.0) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
         """(B, T, H, K) -> (P X, U, R Q, K)."""
-        x = F.pad(x, (0, 0, 0, 0, 0, self.lacking), value=padding)
+        x = F.pad(x, (0, 0, 0, 0, 0, self.lacking))
         x = x.view(self.rows, -1, self.count, self.size, self.n_heads // self.n_shared, self.n_shared, x.shape[3])
         return x.permute(0, 2, 1, 4, 5, 3, 6).reshape(self.rows * self.count, self.units, -1, x.shape[6])
 
@@ -197,8 +197,8 @@ def _send_back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward in blocks: the gradients of q, k and v as `_attend` takes them.
 
-    lse is to the base 2, and +inf for a query that sees nothing, so that its shares are 0; delta is the sum over K of
-    y dy. What comes out are derivatives of the logits to the base e times k and q as they are here.
+    lse is to the base 2, and finite also for a query that sees nothing, so that its shares are 0 and not NaN; delta is
+    the sum over K of y dy. What comes out are derivatives of the logits to the base e times k and q as they are here.
     """
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for chunk in blocks.chunks():
@@ -370,21 +370,20 @@ def backward(
     dilations = None if dilation is None else tuple(dilation)
     pattern = Pattern(lo, hi, dilations, far, tile, far_length, far_counts, first, last)
     delta = (y.to(dtype) * dy.to(dtype)).sum(-1, keepdim=True)
-    lse = (lse * LOG2_E).masked_fill(lse == -torch.inf, torch.inf).transpose(1, 2)[..., None]  # (B, T, H, 1)
+    lse = (lse * LOG2_E).masked_fill(lse == -torch.inf, 0.0).transpose(1, 2)[..., None]  # (B, T, H, 1)
     dq = q.new_empty(q.shape, dtype=dtype)
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     for part in _parts(pattern, q.shape[2], k.shape[2], k.shape[1]):
         own_q = part.of_queries(q).to(dtype) * (scale * LOG2_E)
         own_k, own_v = (part.of_keys(x).to(dtype) for x in (k, v))
         blocks = _Blocks(part.pattern, own_q, own_k)
-        # a query that only fills a block up has an infinite lse: no share, whatever its logits
         own_dq, own_dk, own_dv = _send_back(
             blocks,
             blocks.split(own_q),
             _by_unit(own_k),
             _by_unit(own_v),
             blocks.split(part.of_queries(dy).to(dtype)),
-            blocks.split(part.of_queries(lse), torch.inf),
+            blocks.split(part.of_queries(lse)),
             blocks.split(part.of_queries(delta)),
         )
         part.put(dq, blocks.joined(own_dq) * scale)
