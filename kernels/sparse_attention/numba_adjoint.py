@@ -70,7 +70,7 @@ def adjoin(
     depth = min(lane + lanes, count) - lane
     add_product(dv, d_at, d_row, height, width, scores, lane, QUERIES, 1, dy_rows, lane * width, width, depth)
     add_product(dk, d_at, d_row, height, width, grads, lane, QUERIES, 1, q_rows, lane * width, width, depth)
-    add_product(dq, lane * width, width, lanes, width, grads, lane, 1, QUERIES, k, k_at, k_row, n)
+    add_product(dq, lane * width, width, fours(depth), width, grads, lane, 1, QUERIES, k, k_at, k_row, n)
 
 
 @jit

@@ -63,8 +63,10 @@ def absorb(scores, n, lane, lanes, top, sums, fades):
 
 
 @jit
-def attend(k, k_at, k_row, v, v_at, v_row, n, lane, lanes, width, columns, kind, facts, limits, scores, soft, out):
-    """Takes `n` keys into the outputs of the tile's queries in `lanes` lanes from `lane` on."""
+def attend(
+    k, k_at, k_row, v, v_at, v_row, n, lane, lanes, count, width, columns, kind, facts, limits, scores, soft, out
+):
+    """Takes `n` keys into the outputs of the tile's `count` queries, those in `lanes` lanes from `lane` on."""
     top, sums, fades = soft
     zeros(scores, lane, QUERIES, fours(n), lanes)
     add_product(scores, lane, QUERIES, fours(n), lanes, k, k_at, k_row, 1, columns, lane, QUERIES, width)
@@ -72,7 +74,8 @@ def attend(k, k_at, k_row, v, v_at, v_row, n, lane, lanes, width, columns, kind,
         mask(scores, n, lane, lanes, kind, facts, limits)
     if absorb(scores, n, lane, lanes, top, sums, fades):
         scale(out, lane * width, width, lanes, width, fades, lane, 1)
-    add_product(out, lane * width, width, lanes, width, scores, lane, 1, QUERIES, v, v_at, v_row, n)
+    height = fours(min(lanes, count - lane))
+    add_product(out, lane * width, width, height, width, scores, lane, 1, QUERIES, v, v_at, v_row, n)
 
 
 @jit
@@ -131,14 +134,14 @@ def forward(
             if gap:
                 attend(
                     k, k_base + key * k_at[1], gap * k_at[1], v, v_base + key * v_at[1], gap * v_at[1], n, lane,
-                    active, width, columns, kind, facts, limits, scores, soft, out,
+                    active, count, width, columns, kind, facts, limits, scores, soft, out,
                 )  # fmt: skip
             else:
                 pack(k, k_base, k_at[1], keys, n, width, few_k)
                 pack(v, v_base, v_at[1], keys, n, width, few_v)
                 attend(
-                    few_k, 0, width, few_v, 0, width, n, lane, active, width, columns, kind, facts, limits, scores,
-                    soft, out,
+                    few_k, 0, width, few_v, 0, width, n, lane, active, count, width, columns, kind, facts, limits,
+                    scores, soft, out,
                 )  # fmt: skip
         y_at = ((b * n_queries + query) * n_heads + head) * width
         lse_at = (b * n_heads + head) * n_queries + query

@@ -36,7 +36,7 @@ def tiles(
         if tile:
             offsets = np.arange(0, tile, QUERIES)
             first = (np.arange(0, n_queries, tile)[:, None] + offsets).reshape(-1)
-            room = np.broadcast_to(tile - offsets, (-(-n_queries // tile), len(offsets))).reshape(-1)
+            room = np.tile(np.minimum(tile - offsets, QUERIES), -(-n_queries // tile))
         else:
             first = (np.arange(0, n_queries, QUERIES * step)[:, None] + np.arange(min(step, n_queries))).reshape(-1)
             room = np.full(len(first), QUERIES)

@@ -256,9 +256,17 @@ def _seen(kind, facts, r, limits, lane):
 def mask(scores, n, lane, lanes, kind, facts, limits):
     """Puts -inf where a query does not see a key, and counts far keys as often as they count."""
     hidden = splat(scores.dtype.type(-np.inf))
-    for r in range(n):
-        for i in range(lane, lane + lanes, LANES):
-            score = load(scores, r * QUERIES + i)
-            if kind & FAR:
-                score = score + broadcast(facts, WEIGHT + r)
-            store(scores, r * QUERIES + i, where_negative(_seen(kind, facts, r, limits, i), hidden, score))
+    for i in range(lane, lane + lanes, LANES):
+        if kind == NEAR:  # by far the most frequent, so it has a loop without a choice in it
+            low, high = load(limits, LOW + i), load(limits, HIGH + i)
+            for r in range(n):
+                position = broadcast(facts, POSITION + r)
+                score = load(scores, r * QUERIES + i)
+                seen = at_most(position - low, high - position)
+                store(scores, r * QUERIES + i, where_negative(seen, hidden, score))
+        else:
+            for r in range(n):
+                score = load(scores, r * QUERIES + i)
+                if kind & FAR:
+                    score = score + broadcast(facts, WEIGHT + r)
+                store(scores, r * QUERIES + i, where_negative(_seen(kind, facts, r, limits, i), hidden, score))
