@@ -113,6 +113,7 @@ class Model(nn.Module):
         Raises:
             DataError: The tokens or segment ids have a wrong shape or type, or lie outside the vocabulary; there are
                 more tokens than learned positions; the architecture knows no global tokens.
+            ConfigError: There is a state, and the model looks both ways.
         """
         x, next_state = self.read(tokens, state, segment_ids, global_tokens)
         return ModelOutput(self.predict(x), next_state, {})
@@ -163,11 +164,7 @@ class Model(nn.Module):
         Raises:
             ConfigError: The model looks both ways, so what it has read it must read again.
         """
-        if not self.config.causal:
-            raise ConfigError(
-                f"this {self.architecture} has causal=false and so no state: give it whole sequences, or build it "
-                f"with causal=true to generate"
-            )
+        self._check_causal()
         device = device or self.embedding.weight.device
         dtype = dtype or self.embedding.weight.dtype
         layers = tuple(
@@ -217,6 +214,13 @@ class Model(nn.Module):
         )
         return ModelState(layers, segment, torch.where(rows, 0, state.position))
 
+    def _check_causal(self) -> None:
+        if not self.config.causal:
+            raise ConfigError(
+                f"this {self.architecture} has causal=false and so no state: give it whole sequences, or build it "
+                f"with causal=true to generate"
+            )
+
     def _check_positions(self, positions: Tensor) -> None:
         # Outside a compiler, and on the CPU: a GPU asserts by itself, and a look at it would wait.
         if torch.compiler.is_compiling() or positions.device.type != "cpu":
@@ -236,11 +240,13 @@ class Model(nn.Module):
                 f"tokens of shape {tuple(tokens.shape)} and type {tokens.dtype}: expected integer ids of shape "
                 f"(batch, time) with at least one time step"
             )
-        if state is not None and state.segment.shape[0] != tokens.shape[0]:
-            raise DataError(
-                f"the state holds {state.segment.shape[0]} rows and the tokens {tokens.shape[0]}: "
-                f"make the state with init_state({tokens.shape[0]})"
-            )
+        if state is not None:
+            self._check_causal()
+            if state.segment.shape[0] != tokens.shape[0]:
+                raise DataError(
+                    f"the state holds {state.segment.shape[0]} rows and the tokens {tokens.shape[0]}: "
+                    f"make the state with init_state({tokens.shape[0]})"
+                )
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise DataError(
                 f"segment_ids of shape {tuple(segment_ids.shape)}: expected that of the tokens, {tuple(tokens.shape)}"

@@ -1,7 +1,7 @@
 """BigBird (Zaheer et al. 2020, arXiv 2007.14062): blocks of queries see a window, global and random blocks of keys.
 
 Letters: B batch, T time, S cached keys, H query heads, G key/value heads, K head width, N tiles of queries (each one
-block of a document), L = N times the block size, M blocks that a tile sees beside its window.
+block of a document, or a part of it), L places of queries in all tiles, M blocks that a tile sees beside its window.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Queries(NamedTuple):
     """(B|1, N) int64: one past its last token that is known."""
     row: Tensor
     """(B|1, N) int64: which block of its document the tile lies in."""
+    tile: int
+    """Places in each tile: no more than a block has, nor than there are queries."""
 
 
 @register("bigbird", config=BigBirdConfig)
@@ -116,13 +118,13 @@ class BigBird(Attention):
         lo, hi = torch.where(sees_all, first, lo), torch.where(sees_all, last, hi)
         far = torch.where((far >= 0) & ~sees_all[:, None, :, None], first[:, None, :, None] + far * block, -1)
 
-        size = queries.at.shape[1]
-        lo, hi, first, last = (t.repeat_interleave(block, dim=1)[:, :size] for t in (lo, hi, first, last))
+        size, tile = queries.at.shape[1], queries.tile
+        lo, hi, first, last = (t.repeat_interleave(tile, dim=1)[:, :size] for t in (lo, hi, first, last))
         if self.causal:
             hi = last = queries.at + 1
         empty = queries.at < 0
         lo, hi, first, last = (t.masked_fill(empty, 0).clamp(max=n_keys) for t in (lo, hi, first, last))
-        return Pattern(lo, hi, None, far, block, block, counts, first, last)
+        return Pattern(lo, hi, None, far, tile, block, counts, first, last)
 
     def _own_plan(self, row: Tensor, n_blocks: Tensor, side: int) -> Tensor:
         """Global and random blocks of each tile, by their number in the document; -1: none. (B|1, H, N, M)."""
@@ -183,7 +185,7 @@ def whole_document(length: int, block: int, device: torch.device) -> Queries:
     """One document whose tokens are all there."""
     row = torch.arange(-(-length // block), device=device)[None]
     at = torch.arange(length, device=device)[None]
-    return Queries(at, torch.zeros_like(row), torch.full_like(row, length), row)
+    return Queries(at, torch.zeros_like(row), torch.full_like(row, length), row, min(block, length))
 
 
 def tile_documents(documents: Documents, cached: int, length: int, block: int) -> tuple[Queries, Tensor]:
@@ -198,10 +200,11 @@ def tile_documents(documents: Documents, cached: int, length: int, block: int) -
     opens = (positions % block == 0) | (times == 0)
     tile = opens.cumsum(1) - 1
     within = times - torch.where(opens, times, 0).cummax(dim=1).values
-    places = tile * block + within
+    width = min(block, length)
+    places = tile * width + within
     n_tiles = int(tile[:, -1].max()) + 1
-    at = times.new_full((times.shape[0], n_tiles * block), -1).scatter(1, places, times + cached)
-    heads = (at[:, ::block] - cached).clamp(min=0)  # the time of each tile's first query, (B, N)
+    at = times.new_full((times.shape[0], n_tiles * width), -1).scatter(1, places, times + cached)
+    heads = (at[:, ::width] - cached).clamp(min=0)  # the time of each tile's first query, (B, N)
     ends = torch.full_like(times, length) if documents.ends is None else documents.ends
     first, last, position = (t.gather(1, heads) for t in (documents.begins, ends, positions))
-    return Queries(at, first + cached, last + cached, position // block), places
+    return Queries(at, first + cached, last + cached, position // block, width), places

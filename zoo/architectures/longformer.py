@@ -128,7 +128,6 @@ class GlobalQueries(nn.Module):
 class Longformer(Attention):
     """Longformer: attention in a sliding window and to a few global tokens, then a feed-forward."""
 
-    global_tokens = True
     shares = True
 
     def __init__(self, config: LongformerConfig, layer: int) -> None:
@@ -138,6 +137,7 @@ class Longformer(Attention):
         self.span: int = self.reach * max(dilation for _, dilation in self.runs)
         self.n_global = (0 if config.causal else 1) if config.n_global is None else config.n_global
         self.global_queries = None if config.causal else GlobalQueries(config)
+        self.global_tokens = not config.causal  # which tokens are global must be known from the past alone
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """See `Attention.attend`; with a state, the keys begin with the P of the global tokens (`_with_cache`)."""
