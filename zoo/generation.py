@@ -114,8 +114,9 @@ def stream(
             f"prompt, make fewer tokens, or build the model with more positions"
         )
     padding = lengths if bool((lengths < prompts.shape[1]).any()) else None
+    state = model.init_state(prompts.shape[0])  # which refuses a model that is not causal
     return _stream(
-        model, prompts, padding, choice, seeds, max_new_tokens, min_new_tokens, list(stop), pad, prefill_chunk
+        model, state, prompts, padding, choice, seeds, max_new_tokens, min_new_tokens, list(stop), pad, prefill_chunk
     )
 
 
@@ -163,6 +164,7 @@ def generate(
 @torch.inference_mode()
 def _stream(
     model: Model,
+    state: ModelState,
     prompts: Tensor,
     lengths: Tensor | None,
     choice: _Choice,
@@ -177,7 +179,7 @@ def _stream(
     draws = [torch.Generator().manual_seed(seed) for seed in seeds]
     rows = torch.arange(prompts.shape[0], device=device)  # (A,) which rows are not finished
     stops = torch.tensor(stop, dtype=torch.int64, device=device)
-    last, state = _prefill(model, prompts, lengths, prefill_chunk)  # (A, D)
+    last, state = _prefill(model, state, prompts, lengths, prefill_chunk)  # (A, D)
     for made in range(max_new_tokens):
         logits = model.predict(last)  # (A, V)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -197,10 +199,11 @@ def _stream(
         last = x[:, -1]
 
 
-def _prefill(model: Model, prompts: Tensor, lengths: Tensor | None, chunk: int) -> tuple[Tensor, ModelState]:
+def _prefill(
+    model: Model, state: ModelState, prompts: Tensor, lengths: Tensor | None, chunk: int
+) -> tuple[Tensor, ModelState]:
     """What the model made of each prompt's last token, (B, D), and the state after it."""
     device = model.embedding.weight.device
-    state = model.init_state(prompts.shape[0])
     # Padding is a document before that of the prompt: documents do not see each other, and each counts from zero.
     ids = None if lengths is None else _is_prompt(prompts, lengths).long()
     x = None
