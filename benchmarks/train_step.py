@@ -11,9 +11,10 @@ Peak memory is that of one step beyond weights and optimiser state, each model i
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.eval.measure import machine_info, peak_memory_bytes
+from zoo.layers.attention import BERT
 
 HERE = Path(__file__).parent
 VOCABULARY, SIZE = 1000, {"d_model": 256, "n_layers": 4}
@@ -33,25 +35,37 @@ SHAPES = [(512, 4), (2048, 2), (8192, 1)]  # tokens per row, rows
 LLAMA, MAMBAPY = "transformers LlamaForCausalLM (SDPA)", "mambapy"
 PEERS = {LLAMA: "llama", "transformers MambaForCausalLM": "mamba"}
 PEERS |= {"transformers Mamba2ForCausalLM": "mamba2", "transformers RwkvForCausalLM": "rwkv4"}
+PEERS |= {"transformers LongformerForMaskedLM": "longformer", "transformers BigBirdForMaskedLM": "bigbird"}
 OURS = "the zoo's transformer"
+ENCODER = {**BERT, "n_heads": 4, "d_ff": 1024}
+FORMS = {
+    "transformer": ("transformer", {"n_heads": 4, "d_ff": 688}),
+    "longformer": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256}),
+    "bigbird": ("bigbird", {"n_heads": 4, "d_ff": 688}),
+    "longformer both ways": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256, "causal": False}),
+    "longformer encoder": ("longformer", {**ENCODER, "window": 256, "n_global": 0}),
+    "bigbird encoder": ("bigbird", {**ENCODER, "plan": "transformers"}),
+}
 PLAN = [("transformer", LLAMA, shape) for shape in SHAPES]
 PLAN += [("mamba", MAMBAPY, shape) for shape in SHAPES[:2]]
 PLAN += [("mamba2", "transformers Mamba2ForCausalLM", shape) for shape in SHAPES]
 PLAN += [(arch, OURS, shape) for arch in ("mamba", "mamba2", "rwkv4", "rwkv7") for shape in SHAPES]
 PLAN += [("rwkv4", "transformers RwkvForCausalLM", shape) for shape in SHAPES]
+PLAN += [(arch, OURS, shape) for arch in ("longformer", "bigbird") for shape in SHAPES]
+PLAN += [("longformer encoder", "transformers LongformerForMaskedLM", shape) for shape in SHAPES]
+PLAN += [("bigbird encoder", "transformers BigBirdForMaskedLM", shape) for shape in SHAPES]
 PLAN += [("mamba", "transformers MambaForCausalLM", SHAPES[0])]  # the slowest last
-RECURRENT = ("mamba", "mamba2", "rwkv4", "rwkv7")
+RECURRENT, SPARSE = ("mamba", "mamba2", "rwkv4", "rwkv7"), ("longformer", "bigbird", "longformer both ways")
 QUESTION = ("arch", "peer", "length", "rows", "short", "long", "early", "late")
 MEMORY = ("peak_memory_bytes", "peer_peak_memory_bytes")
 
 
-def peers_module():
-    """The test that copies weights into transformers' models: the benchmark compares the very same pairs."""
-    path = HERE.parent / "tests" / "zoo" / "test_parity_transformers.py"
-    spec = importlib.util.spec_from_file_location("parity", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def peers_modules():
+    """The tests that copy weights into transformers' models: the benchmark compares the very same pairs."""
+    sys.path.insert(0, str(HERE.parent))
+    return [
+        importlib.import_module(f"tests.zoo.{name}") for name in ("test_parity_transformers", "test_parity_encoders")
+    ]
 
 
 class MambaPy(nn.Module):
@@ -101,32 +115,31 @@ def in_turn(steps: dict[str, Callable[[], float]], rounds: int, seconds: float) 
     return times
 
 
-def copied(ours: zoo.Model, build: Callable) -> nn.Module:
+def copied(ours: zoo.Model, peer: str) -> nn.Module:
     """The peer with our weights."""
+    build = next(getattr(module, PEERS[peer]) for module in peers_modules() if hasattr(module, PEERS[peer]))
     theirs, sources = build(ours)
-    parity, weights = peers_module(), dict(ours.named_parameters())
-    with torch.no_grad():
-        for name, source in sources.items():
-            target = theirs.get_parameter(name)
-            target.copy_(parity.ours_for(source, weights, target))
+    importlib.import_module("tests.zoo.parity").copy_weights(ours, theirs, sources)
     return theirs.train()
 
 
-def our_model(arch: str) -> zoo.Model:
+def our_model(arch: str, length: int = 0) -> zoo.Model:
     torch.manual_seed(0)
-    d_ff = {"d_ff": 688, "n_heads": 4} if arch == "transformer" else {}
-    return zoo.create_model(arch, vocab_size=VOCABULARY, **SIZE, **d_ff)
+    name, settings = FORMS.get(arch, (arch, {}))
+    if "mlm_head" in settings:
+        settings = {**settings, "max_positions": length}
+    return zoo.create_model(name, vocab_size=VOCABULARY, **SIZE, **settings)
 
 
-def peer_model(arch: str, peer: str) -> nn.Module:
+def peer_model(arch: str, peer: str, length: int) -> nn.Module:
     if peer == OURS:
         return our_model("transformer")
-    return MambaPy() if peer == MAMBAPY else copied(our_model(arch), getattr(peers_module(), PEERS[peer]))
+    return MambaPy() if peer == MAMBAPY else copied(our_model(arch, length), peer)
 
 
 def prepare(arch: str, peer: str | None, length: int, rows: int) -> Callable[[], float]:
     """For the memory measurement: a short step first, so that code is compiled and the optimiser has its state."""
-    model = our_model(arch) if peer is None else peer_model(arch, peer)
+    model = our_model(arch, length) if peer is None else peer_model(arch, peer, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     stepper(model, torch.randint(VOCABULARY, (1, 16)), optimizer)()
     return stepper(model, torch.randint(VOCABULARY, (rows, length)), optimizer)
@@ -134,8 +147,8 @@ def prepare(arch: str, peer: str | None, length: int, rows: int) -> Callable[[],
 
 def compare(arch: str, peer: str, length: int, rows: int, rounds: int, seconds: float) -> dict:
     """One row of the table."""
-    ours, theirs = our_model(arch), peer_model(arch, peer)
-    tokens = torch.randint(VOCABULARY, (rows, length))
+    ours, theirs = our_model(arch, length), peer_model(arch, peer, length)
+    tokens = torch.randint(2, VOCABULARY, (rows, length))  # 0 and 1 are padding to some peers
     steps = {"ours": stepper(ours, tokens), "theirs": stepper(theirs, tokens)}
     if peer == MAMBAPY:
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
@@ -163,7 +176,7 @@ def compare(arch: str, peer: str, length: int, rows: int, rounds: int, seconds: 
 
 
 def per_token(arch: str, short: int, long: int, rounds: int) -> dict:
-    """Time per token of a training step at a long and a short length; the short one runs as many tokens."""
+    """Time and memory of a training step at a long and a short length; the short one runs as many tokens."""
     model = our_model(arch)
     steps = {
         "long": stepper(model, torch.randint(VOCABULARY, (1, long))),
@@ -171,7 +184,9 @@ def per_token(arch: str, short: int, long: int, rounds: int) -> dict:
     }
     times = in_turn(steps, rounds, 600)
     ratios = [a / b for a, b in zip(times["long"], times["short"], strict=True)]
-    return {"arch": arch, "short": short, "long": long, "ratio": statistics.median(ratios), "rounds": len(ratios)}
+    row = {"arch": arch, "short": short, "long": long, "ratio": statistics.median(ratios), "rounds": len(ratios)}
+    memory = [peak_memory_bytes(prepare, arch, None, t, long // t) for t in (long, short)]
+    return row | {"peak_memory_bytes": memory[0], "memory_ratio": memory[0] / memory[1]}
 
 
 def decoding(arch: str, early: int = 100, late: int = 100_000, steps: int = 200) -> dict:
@@ -210,7 +225,8 @@ def show(results: dict[str, list[dict]]) -> None:
         table.add_row(row["arch"], row["peer"], f"{row['length']} x {row['rows']}", *speeds, ratio, memory)
     Console(width=160).print(table)
     for row in results["per_token"]:
-        print(f"{row['arch']}: time per token at {row['long']:,} over {row['short']:,}: {row['ratio']:.3f}")
+        memory = f"; memory: {row['memory_ratio']:.3f}" if "memory_ratio" in row else ""
+        print(f"{row['arch']}: time per token at {row['long']:,} over {row['short']:,}: {row['ratio']:.3f}{memory}")
     for row in results["decoding"]:
         at = f"at position {row['late']:,} over {row['early']:,}"
         print(f"{row['arch']}: one decoding step {1e3 * row['seconds']:.2f} ms, {at}: {row['ratio']:.3f}")
@@ -241,6 +257,9 @@ def main() -> None:
         if args.only in f"{arch} against length":
             keep("per_token", per_token(arch, 1024, 32768, 5))
             keep("decoding", decoding(arch))
+    for arch in SPARSE:
+        if args.only in f"{arch} against length":
+            keep("per_token", per_token(arch, 2048, 65536, 3))
     for arch, peer, (length, rows) in PLAN:
         if args.only in f"{arch} against {peer}":
             keep("steps", compare(arch, peer, length, rows, args.rounds, args.seconds))

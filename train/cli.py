@@ -27,6 +27,7 @@ from zoo.train.config import (
     RunConfig,
     from_hydra,
     register_configs,
+    with_init,
 )
 from zoo.train.data import get_data, list_data
 from zoo.train.errors import RunError, foreseen
@@ -46,7 +47,7 @@ def _main() -> int:
         print(help_text(arguments))
         return 0
     words, options = _split(arguments)
-    sys.argv[1:] = [*words, *options]  # Hydra wants the settings in one piece
+    sys.argv[1:] = [*with_init(words), *options]  # Hydra wants the settings in one piece
     sweep = not {"-m", "--multirun"}.isdisjoint(options)
     if sweep:
         _check_sweep(words)

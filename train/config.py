@@ -13,6 +13,7 @@ from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from zoo.checkpoint import model_settings
 from zoo.config import ModelConfig
 from zoo.kernels.errors import ConfigError
 from zoo.registry import architecture, list_models
@@ -75,6 +76,9 @@ class RunConfig(Settings):
     seed: int = setting(0, "seed of the weights, of dropout and of the order of the data", minimum=0, maximum=2**63 - 1)
     name: str | None = setting(None, "name of the run's folder; null: made from the settings")
     runs_dir: str = setting("runs", "folder of the runs")
+    init: str | None = setting(
+        None, "start from the weights of this model (a run, a folder, a hub id); arch and its settings are the model's"
+    )
     resume: bool = setting(
         False,
         "go on with the newest run of this name, if any; its settings must be these",
@@ -104,6 +108,7 @@ class TrainConfig(RunConfig):
             "seed": self.seed,
             "name": self.name,
             "runs_dir": self.runs_dir,
+            "init": self.init,
             "resume": self.resume,
         }
 
@@ -163,9 +168,45 @@ def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
     register_configs()
     try:
         with initialize(version_base="1.3", config_path=None):
-            return from_hydra(compose(config_name=CONFIG_NAME, overrides=list(overrides)))
+            return from_hydra(compose(config_name=CONFIG_NAME, overrides=with_init(overrides)))
     except Exception as error:
         raise translate(error) or error from None
+
+
+def with_init(words: Sequence[str]) -> list[str]:
+    """The words of a command line; where they name a model to start from, its architecture and settings before them.
+
+    Raises:
+        ConfigError: `arch` is another architecture than the model's, or there are several models.
+        CheckpointError: There is no such model.
+    """
+    inits = [word.removeprefix("init=") for word in words if word.startswith("init=")]
+    if not inits or inits[-1] in ("", "null"):
+        return list(words)
+    if "," in inits[-1]:
+        raise ConfigError(f"init={inits[-1]}: expected one model; give each its own command")
+    name, settings = model_settings(inits[-1].strip("'\""))
+    for word in words:
+        if word.startswith("arch=") and word != f"arch={name}":
+            raise ConfigError(f"{word} does not fit init={inits[-1]}, which is a {name}: leave arch out")
+    kept = {f.name: f for f in dataclasses.fields(architecture(name).config)}
+    changed = {key: value for key, value in settings.items() if value != _default(kept[key])}
+    return [f"arch={name}", *(f"arch.{key}={_as_override(value)}" for key, value in changed.items()), *words]
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _as_override(value: Any) -> str:
+    """A plain value in Hydra's grammar."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_as_override(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_as_override, value)) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def from_hydra(config: DictConfig) -> TrainConfig:

@@ -21,9 +21,9 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from rich.console import Console
 
-from zoo.checkpoint import save_pretrained
+from zoo.checkpoint import load_pretrained, save_pretrained
 from zoo.kernels.errors import BackendError, ConfigError
-from zoo.model import create_model
+from zoo.model import Model, create_model
 from zoo.registry import architecture
 from zoo.train.callbacks import Books, Signals, StopRequested, StopRules
 from zoo.train.checkpoint import AtomicCheckpointIO, Checkpoints, load_checkpoint
@@ -89,6 +89,8 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
         told = functools.partial(summarise, config, folder, module, data, books, checkpoints, command=command)
         try:
             resume_from = folder.newest_checkpoint()
+            if config.init is not None and resume_from is None:
+                _start_from(model, config.init)
             trainer = _trainer(config, folder, device, module, books, checkpoints, console, resume_from)
             console.print(
                 _headline(config, data.source, model, device, folder, resume_from), highlight=False, soft_wrap=True
@@ -200,6 +202,23 @@ def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
         trainer=dataclasses.replace(trainer, max_steps=max_steps, val_every=val_every),
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or recipe.lr * factor),
     )
+
+
+def _start_from(model: Model, init: str) -> None:
+    """Gives the model the weights of another one.
+
+    Raises:
+        ConfigError: They do not fit.
+    """
+    weights, own = load_pretrained(init).state_dict(), model.state_dict()
+    for name in weights.keys() | own.keys():
+        theirs, ours = (tuple(side[name].shape) if name in side else "missing" for side in (weights, own))
+        if theirs != ours:
+            raise ConfigError(
+                f"init={init} does not fit the settings of arch: {name} is {theirs} there and {ours} here: "
+                f"change only settings that leave the weights as they are"
+            )
+    model.load_state_dict(weights)
 
 
 def _open(config: TrainConfig, data_name: str, fallback: str) -> tuple[RunFolder, dict[str, Any] | None]:

@@ -87,6 +87,16 @@ def load_pretrained(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def model_settings(name: str) -> tuple[str, dict[str, Any]]:
+    """The architecture of a model that `load_pretrained` would load, and the settings that it was built with.
+
+    Raises:
+        CheckpointError: No model there.
+    """
+    model = load_pretrained(name)
+    return model.architecture, dataclasses.asdict(model.config)
+
+
 def model_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder with the model's files: the one given, or `model/` inside it.
 
