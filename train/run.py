@@ -211,7 +211,7 @@ def _start_from(model: Model, init: str) -> None:
         ConfigError: They do not fit.
     """
     weights, own = load_pretrained(init).state_dict(), model.state_dict()
-    for name in weights.keys() | own.keys():
+    for name in sorted(weights.keys() | own.keys()):
         theirs, ours = (tuple(side[name].shape) if name in side else "missing" for side in (weights, own))
         if theirs != ours:
             raise ConfigError(
