@@ -5,7 +5,7 @@ from zoo.checkpoint import load_pretrained, save_pretrained
 from zoo.config import ModelConfig
 from zoo.generation import generate
 from zoo.kernels.errors import ZooError
-from zoo.long_context import set_rope_scaling
+from zoo.long_context import set_cache, set_rope_scaling
 from zoo.mixer import Mixer
 from zoo.model import Model, ModelOutput, ModelState, create_model, state_bytes
 from zoo.registry import list_models, register
@@ -26,6 +26,7 @@ __all__ = [
     "register",
     "save_pretrained",
     "score",
+    "set_cache",
     "set_rope_scaling",
     "state_bytes",
 ]

@@ -7,8 +7,11 @@ from typing import Any
 
 from zoo.architectures.hybrid import HybridConfig
 from zoo.config import ModelConfig
-from zoo.kernels.errors import ConfigError
+from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.layers.attention import Attention, AttentionConfig
+from zoo.layers.cache import CachedAttention, CachePolicy
+from zoo.layers.heavy_hitters import H2O
+from zoo.layers.streaming import Streaming, Window
 from zoo.model import Model
 
 
@@ -42,6 +45,59 @@ def set_rope_scaling(model: Model, name: str, **settings: Any) -> None:
     for mixer, rotary in rotaries.items():  # only now, when nothing can fail any more
         mixer.rotary = rotary
     model.config = config
+
+
+POLICIES: dict[str, type[CachePolicy] | None] = {"full": None, "window": Window, "streaming": Streaming, "h2o": H2O}
+"""What a cache may keep, by name; None: everything."""
+
+
+def set_cache(model: Model, name: str, **settings: Any) -> None:
+    """Changes what the attention of a Transformer keeps of what it has read, for evaluation: there are no gradients.
+
+    Of a hybrid, all Transformer members change. A whole sequence at once, without a state, is read with full attention
+    as before. A state belongs to the cache that it was made with: begin with a new one. Nothing is saved with the
+    model.
+
+    Args:
+        model: The model, changed in place.
+        name: full (as it was built), window (window=), streaming (sinks=, window=) or h2o (recent=, heavy=).
+        **settings: Of that policy; see `zoo.layers.streaming` and `zoo.layers.heavy_hitters`.
+
+    Raises:
+        ConfigError: Unknown name or setting, or a bad value; an architecture without such a cache, or a model that
+            keeps nothing (causal=false) or a window already.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"no cache {name!r}: {did_you_mean(name, POLICIES)}")
+    kind = POLICIES[name]
+    if kind is None and settings:
+        raise ConfigError(f"cache 'full' has no setting {next(iter(settings))!r}: it has none")
+    policy = None if kind is None else _named_settings(kind, settings, name)
+    caches = [mixer for mixers in model.mixers() for mixer in mixers if isinstance(mixer, CachedAttention)]
+    if not caches:
+        raise ConfigError(
+            f"this {model.architecture} has no cache to choose: only the attention of a transformer, alone or in a "
+            f"hybrid, has"
+        )
+    if not model.config.causal:
+        raise ConfigError(
+            f"this {model.architecture} has causal=false and so no cache to choose: build it with causal=true"
+        )
+    if policy is not None and any(mixer.span is not None for mixer in caches):
+        raise ConfigError(
+            f"this {model.architecture} keeps its own window only, which cache={name} cannot widen: build it with "
+            f"window=null"
+        )
+    for mixer in caches:
+        mixer.policy = policy
+
+
+def _named_settings(kind: type[CachePolicy], settings: dict[str, Any], name: str) -> CachePolicy:
+    try:
+        return kind.from_dict(settings, owner=f"cache {name!r}")
+    except ConfigError as error:
+        own = str(error).partition("=")[0] in {field.name for field in dataclasses.fields(kind)}
+        raise ConfigError(f"cache.{error}" if own else str(error)) from None
 
 
 def _with_scaling(config: ModelConfig, scaling: dict[str, Any]) -> ModelConfig:

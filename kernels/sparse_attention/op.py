@@ -19,6 +19,7 @@ cuda_backend is another matter: `attend(q, k, v, pattern, scale) -> y` stands in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ def _flex(device_type: str, features: backends.Features) -> str | None:
         return f"needs a CUDA device, the tensors are on {device_type}"
     if "float64" in features:
         return "torch's flex_attention does not take float64"
+    if "lse" in features:
+        return "gives no log-sum-exp"
     return backends.missing("triton", "'subquadratic-zoo[cuda]'")
 
 
@@ -131,9 +134,35 @@ def _autograd(ctx, dy, _):  # type: ignore[no-untyped-def]
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+@overload
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, scale: float | None = None, backend: str = "auto"
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attends to the keys that a pattern shows to each query, in memory linear in their number.
 
     One softmax over near and far keys together; a far range that counts c times has ln c added to its logits. A query
@@ -150,9 +179,12 @@ def sparse_attention(
             on another device looking would be waiting, and the range is the caller's business.
         scale: Factor of the logits; 1 / sqrt(K) where absent.
         backend: `"auto"` or one of cuda, numba, torch, reference. A named backend that cannot run is an error.
+        return_lse: Also return the logarithm of each query's softmax denominator, which has no gradient: what joins
+            the results of two sets of keys.
 
     Returns:
-        (B, T, H, K) in q's dtype. Gradients flow to q, k and v.
+        (B, T, H, K) in q's dtype. Gradients flow to q, k and v. With `return_lse` also (B, H, T) in float32 (float64),
+        -inf where a query sees nothing.
 
     Raises:
         ZooError: An argument has a wrong shape, dtype, device or value.
@@ -173,17 +205,18 @@ def sparse_attention(
     lo, hi = pattern.lo.long(), pattern.hi.long()
     far, first, last = (None if x is None else x.long() for x in (pattern.far, pattern.first, pattern.last))
     scale = sizes["K"] ** -0.5 if scale is None else float(scale)
-    features = ("float64",) if q.dtype == torch.float64 else ()
+    features = tuple(name for name, on in (("float64", q.dtype == torch.float64), ("lse", return_lse)) if on)
     chosen = backends.resolve("sparse_attention", backend, q.device.type, features)
     if chosen == "reference":
         if not torch.compiler.is_compiling():
             _check_values(sizes["S"], lo, hi, far, pattern.far_counts)
-        return reference(q, k, v, pattern, scale)[0]
+        y, lse = reference(q, k, v, pattern, scale)
+        return (y, lse.detach()) if return_lse else y
     if chosen == "cuda":
         from zoo.kernels.sparse_attention import cuda_backend  # late, because it loads the compiler
 
         return cuda_backend.attend(q, k, v, pattern._replace(lo=lo, hi=hi, far=far, first=first, last=last), scale)
-    y, _ = torch.ops.zoo.sparse_attention_forward(
+    y, lse = torch.ops.zoo.sparse_attention_forward(
         q,
         k,
         v,
@@ -199,7 +232,7 @@ def sparse_attention(
         scale,
         chosen,
     )
-    return y
+    return (y, lse) if return_lse else y
 
 
 def _check_pattern(pattern: Pattern, sizes: dict[str, int], device: torch.device) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels import sparse_attention
-from zoo.layers.attention import Attention, AttentionConfig, Documents, window_pattern
+from zoo.layers.attention import AttentionConfig, Documents, window_pattern
+from zoo.layers.cache import CachedAttention
 from zoo.registry import register
 from zoo.settings import setting
 
@@ -31,7 +32,7 @@ class TransformerConfig(AttentionConfig):
 
 
 @register("transformer", config=TransformerConfig)
-class Transformer(Attention):
+class Transformer(CachedAttention):
     """Transformer: causal softmax attention with rotary positions, then SwiGLU."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:

@@ -41,6 +41,10 @@ class RopeScaling(Settings):
         """
         return base**-exponents, 1.0
 
+    def stage(self, lengths: Tensor) -> Tensor:
+        """Numbers of the shape of `lengths`, equal where the frequencies are."""
+        return torch.zeros_like(lengths)
+
     def check(self, width: int) -> None:
         """Raises ConfigError where the settings do not fit heads of `width` K."""
 
@@ -87,6 +91,10 @@ class _FromOriginal(RopeScaling):
         """L0."""
         assert self.original_length is not None, "`make_scaling` fills it in"
         return self.original_length
+
+    def stage(self, lengths: Tensor) -> Tensor:
+        """See `RopeScaling.stage`."""
+        return lengths.clamp(min=self.start) if self.grows else torch.zeros_like(lengths)
 
 
 @dataclass(kw_only=True)
@@ -215,6 +223,10 @@ class LongRoPE(_FromOriginal):
     attention_factor: float | None = setting(
         None, "factor of queries and of keys; null: sqrt(1 + ln factor / ln original_length)", above=0
     )
+
+    def stage(self, lengths: Tensor) -> Tensor:
+        """See `RopeScaling.stage`."""
+        return lengths > self.start
 
     def check(self, width: int) -> None:
         """See `RopeScaling.check`."""
