@@ -28,6 +28,9 @@ from zoo.kernels.sparse_attention.numba_tiles import (
     zeros,
 )
 
+FEW = 4
+"""Queries so few, as in decoding, that products with a lane per query would mostly compute nothing."""
+
 
 @jit
 def absorb(scores, n, lane, lanes, top, sums, fades):
@@ -64,12 +67,21 @@ def absorb(scores, n, lane, lanes, top, sums, fades):
 
 @jit
 def attend(
-    k, k_at, k_row, v, v_at, v_row, n, lane, lanes, count, width, columns, kind, facts, limits, scores, soft, out
+    k, k_at, k_row, v, v_at, v_row, n, lane, lanes, count, width, queries, kind, facts, limits, scores, soft, out
 ):
     """Takes `n` keys into the outputs of the tile's `count` queries, those in `lanes` lanes from `lane` on."""
+    rows, columns = queries
     top, sums, fades = soft
     zeros(scores, lane, QUERIES, fours(n), lanes)
-    add_product(scores, lane, QUERIES, fours(n), lanes, k, k_at, k_row, 1, columns, lane, QUERIES, width)
+    if count <= FEW:
+        for r in range(n):
+            for i in range(count):
+                product = load(k, k_at + r * k_row) * load(rows, i * width)
+                for c in range(LANES, width, LANES):
+                    product = product + load(k, k_at + r * k_row + c) * load(rows, i * width + c)
+                scores[r * QUERIES + i] = total(product)
+    else:
+        add_product(scores, lane, QUERIES, fours(n), lanes, k, k_at, k_row, 1, columns, lane, QUERIES, width)
     if kind != OPEN:
         mask(scores, n, lane, lanes, kind, facts, limits)
     if absorb(scores, n, lane, lanes, top, sums, fades):
@@ -100,7 +112,8 @@ def forward(
 ):  # fmt: skip
     """Runs the tasks; see `numba_backend` for the arguments."""
     n_queries, n_keys, n_heads, n_groups, width, n_tiles = sizes
-    rows, columns, out = scratch(QUERIES * width, q), scratch(QUERIES * width, q), scratch(QUERIES * width, q)
+    queries = scratch(QUERIES * width, q), scratch(QUERIES * width, q)
+    out = scratch(QUERIES * width, q)
     few_k, few_v = scratch(KEYS * width, q), scratch(KEYS * width, q)
     scores, limits, facts = scratch(KEYS * QUERIES, q), scratch(LIMITS, q), scratch(FACTS, q)
     soft = scratch(QUERIES, q), scratch(QUERIES, q), scratch(QUERIES, q)
@@ -114,7 +127,7 @@ def forward(
         shift, dilation = n_keys - n_queries, dilations[head] // step
         sight = read_limits(spans, span_at, b, (query, step, count), shift, dilation, limits, edges)
         q_row = b * q_at[0] + query * q_at[1] + head * q_at[2]
-        load_queries(q, q_row, step * q_at[1], count, width, factor, rows, columns)
+        load_queries(q, q_row, step * q_at[1], count, width, factor, queries[0], queries[1])
         zeros(out, 0, width, lanes, width)
         zeros(soft[1], 0, 0, 1, lanes)
         for i in range(0, lanes, LANES):
@@ -134,13 +147,13 @@ def forward(
             if gap:
                 attend(
                     k, k_base + key * k_at[1], gap * k_at[1], v, v_base + key * v_at[1], gap * v_at[1], n, lane,
-                    active, count, width, columns, kind, facts, limits, scores, soft, out,
+                    active, count, width, queries, kind, facts, limits, scores, soft, out,
                 )  # fmt: skip
             else:
                 pack(k, k_base, k_at[1], keys, n, width, few_k)
                 pack(v, v_base, v_at[1], keys, n, width, few_v)
                 attend(
-                    few_k, 0, width, few_v, 0, width, n, lane, active, count, width, columns, kind, facts, limits,
+                    few_k, 0, width, few_v, 0, width, n, lane, active, count, width, queries, kind, facts, limits,
                     scores, soft, out,
                 )  # fmt: skip
         y_at = ((b * n_queries + query) * n_heads + head) * width
