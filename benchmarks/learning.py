@@ -1,7 +1,7 @@
 """What a user gets from the front door: each command as a whole process, its time from import to exit, its result.
 
-python benchmarks/learning.py                          # writes benchmarks/results/learning.json
-python benchmarks/learning.py --only arch=longformer   # runs these again, keeps the others
+Run it as `python benchmarks/learning.py`; with `--only arch=longformer` it runs these commands again and keeps the
+others. It writes benchmarks/results/learning.json.
 """
 
 from __future__ import annotations
