@@ -1,7 +1,7 @@
 """What the commands share that use a trained model: its folder, its device, and how it reads a long context.
 
 A policy has a name and settings of its own, which follow its name after a dot:
-`rope_scaling=yarn rope_scaling.factor=8`.
+`rope_scaling=yarn rope_scaling.factor=8 cache=streaming cache.sinks=4 cache.window=1024`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from zoo.checkpoint import load_pretrained, model_folder, read_description
 from zoo.codec import Codec, codec_from_dict
 from zoo.kernels.errors import ConfigError
-from zoo.long_context import set_rope_scaling
+from zoo.long_context import set_cache, set_rope_scaling
 from zoo.model import Model
 from zoo.settings import Settings, describe_settings, parse_overrides, parse_value, setting
 
-POLICIES: dict[str, Callable[..., None]] = {"rope_scaling": set_rope_scaling}
+POLICIES: dict[str, Callable[..., None]] = {"rope_scaling": set_rope_scaling, "cache": set_cache}
 
 
 @dataclass(kw_only=True)
@@ -30,6 +30,9 @@ class ModelSettings(Settings):
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
     rope_scaling: str | None = setting(
         None, "scale the rotary positions for longer contexts; settings after a dot: rope_scaling.factor=8"
+    )
+    cache: str | None = setting(
+        None, "what attention keeps of a long context: cache=streaming cache.sinks=4 cache.window=1024"
     )
 
 
