@@ -256,6 +256,8 @@ class Model(nn.Module):
                 raise DataError(
                     f"this {self.architecture} takes no global_tokens: only longformer with causal=false knows such"
                 )
+            if not isinstance(global_tokens, Tensor):
+                raise DataError(f"global_tokens is a {type(global_tokens).__name__}: expected a tensor of bool")
             if global_tokens.shape != tokens.shape or global_tokens.dtype != torch.bool:
                 raise DataError(
                     f"global_tokens of shape {tuple(global_tokens.shape)} and type {global_tokens.dtype}: expected "

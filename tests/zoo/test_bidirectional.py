@@ -172,7 +172,11 @@ def test_no_document_is_longer_than_the_table() -> None:
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("longformer", {"window": 0}, "window=0 is not valid: expected at least 1"),
     ("longformer", {"windows": [4]}, "windows=.4. is not valid: expected 2 numbers, one per block"),
-    ("longformer", {"windows": [4, 0]}, "expected 2 numbers, one per block, each at least 1"),
+    ("longformer", {"windows": [4, 0]}, "expected 2 numbers, one per block, from 1 to 1073741824"),
+    ("longformer", {"windows": [4, 2**31]}, "expected 2 numbers, one per block, from 1 to"),
+    ("longformer", {"window": 2**70}, "expected at most 1073741824"),
+    ("longformer", {"window_growth": 1e300}, "expected windows of at most 1073741824"),
+    ("longformer", {"window_growth": 1e300, "n_layers": 5}, "expected windows of at most 1073741824"),
     ("longformer", {"windows": [4, 4, 4]}, "expected 2 numbers"),
     ("longformer", {"windows": []}, "expected 2 numbers"),
     ("longformer", {"dilations": [1]}, "dilations=.1. is not valid: expected 2 numbers"),

@@ -6,6 +6,7 @@ window, P global tokens, N tiles of queries.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,17 +22,21 @@ from zoo.settings import setting
 
 TILE = 64
 """Queries for which far keys are listed together."""
+FARTHEST = 2**30
+"""Largest window and dilation: their product is a number of 64 bits."""
 
 
 @dataclass(kw_only=True)
 class LongformerConfig(AttentionConfig):
     """Settings of Longformer."""
 
-    window: int = setting(256, "a token sees this many tokens to each side (causal: before it), and itself", minimum=1)
+    window: int = setting(
+        256, "a token sees this many tokens to each side (causal: before it), and itself", minimum=1, maximum=FARTHEST
+    )
     window_growth: float = setting(1.0, "factor of the window from each block to the next", above=0)
     windows: list[int] | None = setting(None, "the window of each block, in place of window and window_growth")
     dilation: int = setting(
-        1, "see every so-many-th token only, in a window that reaches as many times as far", minimum=1
+        1, "see every so-many-th token only, in a window as many times as wide", minimum=1, maximum=FARTHEST
     )
     dilations: list[int] | None = setting(None, "the dilation of each block, in place of dilation")
     dilated_heads: int | None = setting(None, "how many heads, the last ones, are dilated; null: all", minimum=0)
@@ -43,8 +48,11 @@ class LongformerConfig(AttentionConfig):
         super().__post_init__()
         for name in ("windows", "dilations"):
             values = getattr(self, name)
-            if values is not None and (len(values) != self.n_layers or min(values) < 1):
-                self.fail(name, f"expected {self.n_layers} numbers, one per block, each at least 1")
+            if values is not None and (len(values) != self.n_layers or min(values) < 1 or max(values) > FARTHEST):
+                self.fail(name, f"expected {self.n_layers} numbers, one per block, from 1 to {FARTHEST}")
+        doublings = (self.n_layers - 1) * math.log2(self.window_growth)
+        if self.windows is None and math.log2(self.window) + doublings > math.log2(FARTHEST):
+            self.fail("window_growth", f"expected windows of at most {FARTHEST}")
         if self.dilated_heads is not None:
             heads_per_group = self.n_heads // (self.n_kv_heads or self.n_heads)
             if self.dilated_heads > self.n_heads or self.dilated_heads % heads_per_group:
