@@ -1,34 +1,59 @@
-"""Saving and loading models as a folder of config.json and model.safetensors."""
+"""Saving and loading models: folders of our own, and published checkpoints in theirs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from zoo._version import __version__
 from zoo.kernels.errors import CheckpointError, ConfigError
+from zoo.long_context import set_cache, set_rope_scaling
 from zoo.model import Model, create_model
+from zoo.pretrained import convert, weights
+from zoo.pretrained.families import by_names, by_settings, for_saving
+from zoo.pretrained.family import Family, Published
+from zoo.pretrained.sources import CONFIG, WEIGHTS, locate, model_folder
+from zoo.pretrained.weights import SHARD_BYTES, Weights, write_text
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+__all__ = ["load_pretrained", "model_folder", "model_settings", "read_description", "save_pretrained"]
+
+FORMATS = ("zoo", "transformers")
 
 
-def save_pretrained(model: Model, folder: str | os.PathLike[str], *, tokenizer: dict[str, Any] | None = None) -> None:
-    """Writes a model so that `load_pretrained` gives back the same one, bit for bit.
+def save_pretrained(
+    model: Model,
+    folder: str | os.PathLike[str],
+    *,
+    format: str = "zoo",
+    tokenizer: dict[str, Any] | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model so that `load_pretrained` gives back the same one.
 
     Args:
         model: The model.
         folder: Where to write; made if missing, an older model in it is replaced.
+        format: "zoo" keeps every setting and every bit; "transformers" is what that library opens, with equal logits,
+            where it has the architecture.
         tokenizer: How text becomes tokens, as the data describe it; kept for `generate`.
+        max_shard_bytes: Of the transformers format: larger weights are split into files of this size.
+
+    Raises:
+        ConfigError: No such format, or it has no word for the model or one of its settings.
     """
     folder = Path(folder)
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r} is not known: expected {' or '.join(FORMATS)}")
+    if format == "transformers":
+        _save_published(model, folder, tokenizer, max_shard_bytes)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     description = {
         "architecture": model.architecture,
@@ -37,54 +62,73 @@ def save_pretrained(model: Model, folder: str | os.PathLike[str], *, tokenizer: 
         "zoo_version": __version__,
     }
     # Each file is complete or absent, also when the process is killed while it writes.
-    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
-    (folder / f"{CONFIG}.part").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(folder / f"{CONFIG}.part", folder / CONFIG)
+    write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
+
+
+def _save_published(model: Model, folder: Path, tokenizer: dict[str, Any] | None, max_shard_bytes: int) -> None:
+    family, settings = for_saving(model.architecture, model.config)
+    tensors = model.state_dict()
+    table = family.table(model.config, Published(settings))
+    folder.mkdir(parents=True, exist_ok=True)
+    planned = dict(convert.export({name: tensor.to("meta") for name, tensor in tensors.items()}, table))
+    weights.write(folder, planned, convert.export(tensors, table), max_shard_bytes)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_text(folder / CONFIG, json.dumps(settings | {"dtype": dtype}, indent=2) + "\n")
+    if tokenizer is not None and tokenizer.get("kind") == "tokenizers":
+        write_text(folder / "tokenizer.json", tokenizer["json"])
+        fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        write_text(folder / "tokenizer_config.json", json.dumps(fast, indent=2) + "\n")
 
 
 def load_pretrained(
-    folder: str | os.PathLike[str], *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
+    cache: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Loads a model from a folder that `save_pretrained` or a training run wrote.
+    """Loads a model: one of ours, or a published checkpoint.
+
+    Files are read into the model tensor by tensor, and everything in them is accounted for; pickles are read without
+    running them. The hub's cache and its variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN) are honoured.
 
     Args:
-        folder: The model's folder, or the run's folder that has it in `model/`.
+        name: The folder of a model or of the run that trained it; a folder as published, or a .pth file of RWKV; a name
+            that `zoo.list_models(pretrained=True)` lists; or an id on the Hugging Face hub (with a third part, a file
+            in that repository: "BlinkDL/rwkv-7-world/RWKV-x070-World-0.1B-v2.8.pth").
+        revision: Branch, tag or commit on the hub.
         device: Where to put the model; the CPU unless said.
         dtype: Type of the weights; as saved unless said.
+        rope_scaling: For longer contexts, such as {"type": "yarn", "factor": 8}; see `zoo.set_rope_scaling`.
+        cache: What attention keeps of a long context, such as {"type": "window", "window": 1024}; see `zoo.set_cache`.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: No model there, a damaged file, or weights that do not fit the config.
+        CheckpointError: No model there, a damaged file, an unknown family, or weights that do not fit the config.
+        ConfigError: The model cannot be scaled so, or has no such cache.
     """
-    folder = model_folder(folder)
-    description = read_description(folder)
-    try:
-        model = create_model(description["architecture"], **description["config"])
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG} describes no model ({error}): copy or train it again") from error
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}): copy or train the model again") from error
-    expected = model.state_dict()
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} does not fit its {CONFIG} ({description['architecture']}): "
-            f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} has shape {tuple(tensor.shape)}, "
-                f"its {CONFIG} wants {tuple(expected[name].shape)}"
-            )
-    model.load_state_dict(weights)
-    return model.to(device=device, dtype=dtype).eval()
+    found = _open(name, revision)
+    family = found.family
+    convert.load(
+        found.model,
+        found.weights,
+        found.table,
+        renames=family.renames if family else (),
+        inert=family.inert if family else (),
+        device=device,
+        dtype=dtype,
+    )
+    for policy, values in ((set_rope_scaling, rope_scaling), (set_cache, cache)):
+        if values is not None:
+            policy(found.model, **{"name" if key == "type" else key: value for key, value in values.items()})
+    return found.model.eval()
 
 
 def model_settings(name: str) -> tuple[str, dict[str, Any]]:
@@ -93,22 +137,63 @@ def model_settings(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         CheckpointError: No model there.
     """
-    model = load_pretrained(name)
+    model = _open(name, None).model
     return model.architecture, dataclasses.asdict(model.config)
 
 
-def model_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder with the model's files: the one given, or `model/` inside it.
+class _Found(NamedTuple):
+    """A model before its weights are read."""
 
-    Raises:
-        CheckpointError: Neither holds a model.
-    """
-    folder = Path(folder)
-    for place in (folder, folder / "model"):
-        if (place / CONFIG).is_file():
-            return place
-    what = f"{folder} holds no model" if folder.is_dir() else f"no folder {str(folder)!r}"
-    raise CheckpointError(f"{what}: expected {CONFIG} and {WEIGHTS}, as a finished run has them in its model/ folder")
+    model: Model
+    """Without memory."""
+    weights: Weights
+    table: convert.Table
+    family: Family | None
+    """None: one of ours."""
+
+
+def _open(name: str | os.PathLike[str], revision: str | None) -> _Found:
+    place = locate(name, revision)
+    if place.is_file():
+        found = Weights([place], place, "what the shapes of its tensors say")
+        shapes = {name: entry.shape for name, entry in found.entries.items()}
+        return _published(by_names(shapes, str(place)), Published({}, str(place), shapes), found)
+    settings = _read_json(place / CONFIG)
+    if isinstance(settings, dict) and {"model_type", "ssm_cfg", "architectures"} & settings.keys():
+        family = by_settings(settings, str(place / CONFIG))
+        found = Weights(weights.find(place), place, f"its {CONFIG} ({family.name})")
+        return _published(family, Published(settings, str(place / CONFIG)), found)
+    description = read_description(place)
+    model = _build(description["architecture"], description["config"], place / CONFIG)
+    found = Weights([place / WEIGHTS], place / WEIGHTS, f"its {CONFIG} ({description['architecture']})")
+    return _Found(model, found, convert.identity(model), None)
+
+
+def _published(family: Family, theirs: Published, found: Weights) -> _Found:
+    try:
+        settings = family.read(theirs)
+        model = _build(family.architecture, settings, theirs.where)
+        return _Found(model, found, family.table(model.config, theirs), family)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+        raise CheckpointError(
+            f"{theirs.where} is damaged: {type(error).__name__} ({error}) when read as {family.name}; copy it again"
+        ) from error
+
+
+def _build(architecture: str, settings: dict[str, Any], where: str | Path) -> Model:
+    """A model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return create_model(architecture, **settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{where} describes no model ({error}): copy or train it again") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): copy or train the model again") from error
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -117,10 +202,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Not JSON, or not one of the zoo's.
     """
-    try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG} is damaged ({error}): copy or train the model again") from error
+    description = _read_json(folder / CONFIG)
     kinds = {"architecture": str, "config": dict, "tokenizer": dict | None}
     for key, kind in kinds.items():
         if not isinstance(description, dict) or not isinstance(description.get(key), kind):

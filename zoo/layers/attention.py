@@ -45,6 +45,7 @@ class AttentionConfig(ModelConfig):
     n_heads: int = setting(4, "query heads", minimum=1)
     n_kv_heads: int | None = setting(None, "key/value heads (grouped-query attention); null: n_heads", minimum=1)
     bias: bool = setting(False, "biases in the projections and in the feed-forward")
+    qkv_bias: bool | None = setting(None, "biases of queries, keys and values; null: as bias says (Qwen2: true alone)")
     feed_forward: str = setting("swiglu", "feed-forward", choices=("swiglu", "gelu", "gelu_tanh"))
     d_ff: int | None = setting(
         None,
@@ -72,6 +73,11 @@ class AttentionConfig(ModelConfig):
         if self.rope_scaling and not self.rotary:
             self.fail("rope_scaling", "expected nothing where rotary=false")
         self.make_rotary()
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     def make_rotary(self) -> Rotary | None:
         """What rotates queries and keys, if anything does."""
@@ -129,14 +135,14 @@ class Attention(Mixer):
         self.causal = config.causal
         self.rotary = config.make_rotary()
         self.backend = config.backend
-        heads = self.n_heads + 2 * self.n_kv_heads
-        self.qkv_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=config.bias)  # queries, keys, values
+        width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv_proj = nn.Linear(config.d_model, width, bias=config.has_qkv_bias)  # queries, keys, values
         self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
         nn.init.normal_(self.qkv_proj.weight, std=0.02)
         nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(2 * config.n_layers))
-        if config.bias:
-            nn.init.zeros_(self.qkv_proj.bias)
-            nn.init.zeros_(self.out_proj.bias)
+        for projection in (self.qkv_proj, self.out_proj):
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
 
     def forward(
         self,
