@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 from zoo.kernels.errors import ConfigError, DataError
@@ -309,6 +310,43 @@ def test_streaming_two_million_tokens_on_is_the_same_in_fp32() -> None:
     near, far = (model(follow, state=state._replace(layers=((s, nothing),))).logits for s in (kept, later))
     # fp32 angles would be wrong by up to 0.06.
     torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-5 * near.abs().max().item())
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("name", "values"), [("window", {"window": 9}), ("streaming", {"sinks": 3, "window": 7})])
+@torch.no_grad()
+def test_a_chunk_takes_memory_linear_in_its_length(name: str, values: dict[str, Any], documents: bool) -> None:
+    model, sizes = make(n_layers=1), []
+    zoo.set_cache(model, name, **values)
+    for length in (1000, 4000):
+        ids = torch.arange(length)[None] // 300 if documents else None
+        with Largest() as largest:
+            model(torch.randint(13, (1, length)), state=model.init_state(1), segment_ids=ids)
+        sizes.append(largest.size)
+    assert sizes[1] <= 4.1 * sizes[0]
+
+
+@torch.no_grad()
+def test_h2o_reads_a_chunk_in_blocks(monkeypatch) -> None:
+    monkeypatch.setattr("zoo.layers.heavy_hitters.LOGITS", 1 << 16)
+    model = make(n_layers=1)
+    zoo.set_cache(model, "h2o", recent=8, heavy=8)
+    with Largest() as largest:
+        model(torch.randint(13, (1, 1000)), state=model.init_state(1))
+    assert largest.size <= 1 << 17  # and not the 4,000,000 logits of four heads
 
 
 def test_only_the_transformers_of_a_hybrid_change() -> None:
