@@ -137,7 +137,7 @@ class H2O(CachePolicy):
 
 
 def _choose(x: Tensor, chosen: Tensor) -> Tensor:
-    """Of x (B, S + T, G, K) those that each head has chosen, (B, S', G): whole vectors, a seventh of `gather`'s time."""
+    """Of x (B, S + T, G, K) those that each head has chosen, (B, S', G). Takes a seventh of `gather`'s time."""
     batch, size, heads, _ = x.shape
     rows = torch.arange(batch, device=x.device)[:, None, None] * size
     at = (rows + chosen) * heads + torch.arange(heads, device=x.device)
