@@ -8,10 +8,21 @@ from typing import Any
 
 from zoo.config import ModelConfig
 from zoo.kernels.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.pretrained import llama, mamba, mamba2
+from zoo.pretrained import bigbird, llama, longformer, mamba, mamba2, rwkv4, rwkv7
 from zoo.pretrained.family import Family
 
-FAMILIES = (llama.FAMILY, mamba.FAMILY, mamba.ORIGINAL, mamba2.FAMILY, mamba2.ORIGINAL)
+FAMILIES = (
+    llama.FAMILY,
+    mamba.FAMILY,
+    mamba.ORIGINAL,
+    mamba2.FAMILY,
+    mamba2.ORIGINAL,
+    rwkv4.FAMILY,
+    rwkv4.PTH,
+    rwkv7.PTH,
+    longformer.FAMILY,
+    bigbird.FAMILY,
+)
 
 
 def by_settings(settings: dict[str, Any], where: str) -> Family:
