@@ -208,19 +208,20 @@ def test_keys_are_rotated_for_the_length_that_each_document_has_now(name: str, c
 
 @pytest.mark.parametrize("arch", ["longformer", "bigbird"])
 @pytest.mark.parametrize("name", GROWING)
-def test_the_last_token_of_sparse_architectures_is_as_in_the_whole(arch: str, name: str) -> None:
+def test_sparse_architectures_read_the_last_tokens_as_in_the_whole(arch: str, name: str) -> None:
     sizes = {
         "longformer": {"window": 7, "n_global": 3},
         "bigbird": {"block_size": 4, "n_random_blocks": 1, "n_window_blocks": 2},
     }
     model = model_with(name, arch, n_layers=1, **sizes[arch]).double()
     tokens = torch.randint(53, (2, 70))
+    ids = (torch.arange(70) >= torch.tensor([[20], [33]])).long()
     state = model.init_state(2)
     with torch.no_grad():
         for begin in range(0, 70, 6):
             end = min(begin + 6, 70)
-            logits, state, _ = model(tokens[:, begin:end], state=state)
-            whole = model(tokens[:, :end]).logits
+            logits, state, _ = model(tokens[:, begin:end], state=state, segment_ids=ids[:, begin:end])
+            whole = model(tokens[:, :end], segment_ids=ids[:, :end]).logits
             torch.testing.assert_close(logits, whole[:, begin:], rtol=1e-9, atol=1e-9)
 
 
