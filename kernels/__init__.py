@@ -22,6 +22,8 @@ else:
     from zoo.kernels.backends import describe, used
     from zoo.kernels.causal_conv1d.op import causal_conv1d
     from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
+    from zoo.kernels.linear.op import flops as linear_flops
+    from zoo.kernels.linear.op import linear
     from zoo.kernels.selective_scan.op import flops as selective_scan_flops
     from zoo.kernels.selective_scan.op import selective_scan
     from zoo.kernels.sparse_attention.op import flops as sparse_attention_flops
@@ -43,6 +45,8 @@ else:
         "causal_conv1d_flops",
         "dense_weights",
         "describe",
+        "linear",
+        "linear_flops",
         "selective_scan",
         "selective_scan_flops",
         "sparse_attention",

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo.config import ModelConfig
 from zoo.documents import document_begins
+from zoo.kernels import linear
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.layers.bidirectional import Bidirectional
+from zoo.layers.linear import Linear
 from zoo.mixer import Mixer
 from zoo.registry import Architecture, architecture
 
@@ -68,7 +69,7 @@ class Transform(nn.Sequential):
     """What BERT has between the last block and the head: a dense layer, an activation and a norm."""
 
     def __init__(self, config: ModelConfig, activation: str) -> None:
-        dense = nn.Linear(config.d_model, config.d_model)
+        dense = Linear(config.d_model, config.d_model)
         nn.init.normal_(dense.weight, std=0.02)
         nn.init.zeros_(dense.bias)
         super().__init__(dense, nn.GELU("tanh" if activation == "gelu_tanh" else "none"), config.make_norm())
@@ -87,7 +88,7 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(_sublayers(arch, config, layer), config) for layer in range(config.n_layers))
         self.norm = nn.Identity() if config.post_norm else config.make_norm()
         self.transform = None if config.mlm_head is None else Transform(config, config.mlm_head)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
         self.head_bias = None if config.mlm_head is None else nn.Parameter(torch.zeros(config.vocab_size))
         arch.mixer.init_shell(config, self.embedding, self.head)
         if self.positions is not None:
@@ -154,7 +155,7 @@ class Model(nn.Module):
         """The logits, (..., V), of what `read` returned, (..., D)."""
         if self.transform is not None:
             x = self.transform(x)
-        return F.linear(x, self.embedding.weight if self.head is None else self.head.weight, self.head_bias)
+        return linear(x, self.embedding.weight if self.head is None else self.head.weight, self.head_bias)
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

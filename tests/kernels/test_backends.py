@@ -61,7 +61,8 @@ def test_a_named_backend_is_never_replaced(operator: str) -> None:
 
 def test_the_choice_on_this_project_s_devices() -> None:
     choices = {device: {name: choice for name, choice, _ in zoo.kernels.describe(device)} for device in ("cpu", "mps")}
-    names = [operator.name for operator in backends.operators()]
+    assert choices["cpu"].pop("linear") in ("onednn", "torch")  # as the processor is
+    names = [operator.name for operator in backends.operators() if operator.name != "linear"]
     assert choices["cpu"] == dict.fromkeys(names, "numba")
     assert choices["mps"]["selective_scan"] == "reference"
     assert choices["mps"]["causal_conv1d"] == "torch"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from zoo.kernels import sparse_attention
 from zoo.kernels.sparse_attention import Pattern, visible_pairs
 from zoo.layers.attention import Attention, AttentionConfig, Documents, window_pattern
+from zoo.layers.linear import Linear
 from zoo.registry import register
 from zoo.settings import setting
 
@@ -103,10 +104,10 @@ class GlobalQueries(nn.Module):
     def __init__(self, config: LongformerConfig) -> None:
         super().__init__()
         self.n_heads = config.n_heads
-        self.query = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.query = Linear(config.d_model, config.d_model, bias=config.bias)
         # A bias would move all scores of a query alike, which a softmax does not see.
-        self.key = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.value = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.key = Linear(config.d_model, config.d_model, bias=False)
+        self.value = Linear(config.d_model, config.d_model, bias=config.bias)
         for projection in (self.query, self.key, self.value):
             nn.init.normal_(projection.weight, std=0.02)
             if projection.bias is not None:

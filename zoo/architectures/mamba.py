@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from zoo.kernels import selective_scan, selective_scan_flops
+from zoo.kernels import linear, selective_scan, selective_scan_flops
+from zoo.layers.linear import Linear
 from zoo.layers.short_convolution import ShortConvolution
 from zoo.layers.state_space import StateSpaceConfig
 from zoo.mixer import Mixer, no_weight_decay
@@ -48,13 +48,13 @@ class Mamba(Mixer):
         dt_rank = config.dt_rank or math.ceil(config.d_model / 16)
         self.splits = [dt_rank, config.d_state, config.d_state]
         self.backend = config.backend
-        self.in_proj = nn.Linear(config.d_model, 2 * d_inner, bias=False)  # convolved branch first, then the gate
+        self.in_proj = Linear(config.d_model, 2 * d_inner, bias=False)  # convolved branch first, then the gate
         self.conv = ShortConvolution(d_inner, config.d_conv, config.short_conv)
-        self.x_proj = nn.Linear(d_inner, sum(self.splits), bias=False)
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.x_proj = Linear(d_inner, sum(self.splits), bias=False)
+        self.dt_proj = Linear(dt_rank, d_inner)
         self.A_log = nn.Parameter(torch.arange(1, config.d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.out_proj = Linear(d_inner, config.d_model, bias=False)
         no_weight_decay(self.A_log, self.D, self.dt_proj.bias)
         nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
         with torch.no_grad():
@@ -67,13 +67,13 @@ class Mamba(Mixer):
         """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
         d_inner = self.D.shape[0]
         # Two products with halves of one weight: each result is contiguous, as the kernels want it, without a copy.
-        u = F.linear(x, self.in_proj.weight[:d_inner])  # (B, T, E)
-        z = F.linear(x, self.in_proj.weight[d_inner:])  # (B, T, E)
+        u = linear(x, self.in_proj.weight[:d_inner])  # (B, T, E)
+        z = linear(x, self.in_proj.weight[d_inner:])  # (B, T, E)
         u, conv = self.conv(u, None if state is None else state.conv, segment_ids)
         dt_low, B, C = self.x_proj(u).split(self.splits, dim=-1)  # (B, T, R), (B, T, N), (B, T, N)
         y, ssm = selective_scan(
             u,
-            F.linear(dt_low, self.dt_proj.weight),
+            linear(dt_low, self.dt_proj.weight),
             -torch.exp(self.A_log.float()),
             B,
             C,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.kernels import ssd, ssd_flops
+from zoo.kernels import linear, ssd, ssd_flops
+from zoo.layers.linear import Linear
 from zoo.layers.short_convolution import ShortConvolution
 from zoo.layers.state_space import StateSpaceConfig
 from zoo.mixer import Mixer, no_weight_decay
@@ -74,13 +75,13 @@ class Mamba2(Mixer):
         self.backend = config.backend
         # Gate, then what the convolution sees (input, B, C), then the step sizes.
         self.in_splits = [d_inner, d_inner + 2 * groups, config.n_heads]
-        self.in_proj = nn.Linear(config.d_model, sum(self.in_splits), bias=False)
+        self.in_proj = Linear(config.d_model, sum(self.in_splits), bias=False)
         self.conv = ShortConvolution(d_inner + 2 * groups, config.d_conv, config.short_conv)
         self.dt_bias = nn.Parameter(config.step_size_bias(config.n_heads))
         self.A_log = nn.Parameter(torch.empty(config.n_heads).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(config.n_heads))
         self.norm_weight = nn.Parameter(torch.ones(d_inner))
-        self.out_proj = nn.Linear(d_inner, config.d_model, bias=False)
+        self.out_proj = Linear(d_inner, config.d_model, bias=False)
         no_weight_decay(self.dt_bias, self.A_log, self.D, self.norm_weight)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(config.n_layers)
@@ -91,7 +92,7 @@ class Mamba2(Mixer):
         """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
         heads, width, n_state = self.shape
         # Products with parts of one weight: each result is contiguous, as the kernels want it, without a copy.
-        z, u, dt = (F.linear(x, part) for part in self.in_proj.weight.split(self.in_splits))
+        z, u, dt = (linear(x, part) for part in self.in_proj.weight.split(self.in_splits))
         u, conv = self.conv(u, None if state is None else state.conv, segment_ids)  # (B, T, E + 2GN)
         u, B, C = u.split(self.splits, dim=-1)
         y, ssm = ssd(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zoo.kernels import wkv4, wkv4_flops
 from zoo.kernels.wkv4 import wkv4_initial_state
+from zoo.layers.linear import Linear
 from zoo.layers.rwkv import ChannelMix, RWKVConfig, RWKVMixer, init_orthogonal
 from zoo.layers.token_shift import TokenShift
 from zoo.mixer import Mixer, no_weight_decay, scale_learning_rate
@@ -49,10 +50,10 @@ class RWKV4(RWKVMixer):
         self.time_decay = nn.Parameter(-5 + 8 * config.slope() ** (0.7 + 1.3 * depth))
         zigzag = (torch.arange(d_model) + 1) % 3 - 1
         self.time_first = nn.Parameter(math.log(0.3) + 0.5 * zigzag)
-        self.key = nn.Linear(d_model, d_model, bias=False)
-        self.value = nn.Linear(d_model, d_model, bias=False)
-        self.receptance = nn.Linear(d_model, d_model, bias=False)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.key = Linear(d_model, d_model, bias=False)
+        self.value = Linear(d_model, d_model, bias=False)
+        self.receptance = Linear(d_model, d_model, bias=False)
+        self.output = Linear(d_model, d_model, bias=False)
         for projection, gain in ((self.key, 0), (self.value, 1), (self.receptance, 0), (self.output, 0)):
             init_orthogonal(projection, gain)
         self.backend = config.backend

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.kernels import wkv7, wkv7_flops
+from zoo.kernels import linear, wkv7, wkv7_flops
+from zoo.layers.linear import Linear
 from zoo.layers.rwkv import ChannelMix, RWKVConfig, RWKVMixer, init_orthogonal
 from zoo.layers.token_shift import TokenShift
 from zoo.mixer import Mixer, no_weight_decay, scale_learning_rate
@@ -74,7 +75,7 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, T, D) to (B, T, D)."""
-        return F.linear(self.activation(F.linear(x, self.down)), self.up, self.bias)
+        return linear(self.activation(linear(x, self.down)), self.up, self.bias)
 
     def flops(self, seq_len: int) -> int:
         """Two products."""
@@ -120,10 +121,10 @@ class RWKV7(RWKVMixer):
         self.k_a = nn.Parameter(torch.full((d_model,), 1.02))
         self.r_k = nn.Parameter(torch.full((self.n_heads, self.head_dim), -0.04))
 
-        self.receptance = nn.Linear(d_model, d_model, bias=False)
-        self.key = nn.Linear(d_model, d_model, bias=False)
-        self.value = nn.Linear(d_model, d_model, bias=False)
-        self.output = nn.Linear(d_model, d_model, bias=False)
+        self.receptance = Linear(d_model, d_model, bias=False)
+        self.key = Linear(d_model, d_model, bias=False)
+        self.value = Linear(d_model, d_model, bias=False)
+        self.output = Linear(d_model, d_model, bias=False)
         for projection, gain in ((self.receptance, 1), (self.key, 0.1), (self.value, 1), (self.output, 0)):
             init_orthogonal(projection, gain)
         self.norm_weight = nn.Parameter(torch.full((d_model,), ((1 + layer) / config.n_layers) ** 0.7))

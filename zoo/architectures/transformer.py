@@ -43,9 +43,10 @@ class Transformer(CachedAttention):
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         """See `Attention.attend`."""
         length, cached = q.shape[1], k.shape[1] - q.shape[1]
-        if documents.begins is None and not cached and (self.window is None or length <= self.window):
-            # The CPU's flash kernel reads contiguous heads up to 4% faster than it takes to make them so.
-            q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))  # (B, H, T, K), (B, G, T, K)
+        sees_all = documents.begins is None and not cached and (self.window is None or length <= self.window)
+        # On a CPU the zoo's own loops take half of the time that torch's attention takes.
+        if sees_all and q.device.type != "cpu":
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, K), (B, G, T, K)
             grouped = self.n_heads != self.n_kv_heads
             return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=grouped).transpose(1, 2)
         reach = None if self.window is None else self.window - 1

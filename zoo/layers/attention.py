@@ -18,6 +18,7 @@ from zoo.config import ModelConfig
 from zoo.documents import document_begins, document_ends
 from zoo.kernels.sparse_attention import Pattern
 from zoo.layers.feed_forward import MLP, SwiGLU
+from zoo.layers.linear import Linear
 from zoo.layers.rope_scaling import SCALINGS, make_scaling
 from zoo.layers.rotary import Rotary
 from zoo.mixer import Mixer
@@ -136,8 +137,8 @@ class Attention(Mixer):
         self.rotary = config.make_rotary()
         self.backend = config.backend
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.d_model, width, bias=config.has_qkv_bias)  # queries, keys, values
-        self.out_proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv_proj = Linear(config.d_model, width, bias=config.has_qkv_bias)  # queries, keys, values
+        self.out_proj = Linear(config.d_model, config.d_model, bias=config.bias)
         nn.init.normal_(self.qkv_proj.weight, std=0.02)
         nn.init.normal_(self.out_proj.weight, std=0.02 / math.sqrt(2 * config.n_layers))
         for projection in (self.qkv_proj, self.out_proj):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.config import ModelConfig
+from zoo.layers.linear import Linear
 from zoo.mixer import Mixer
 
 
@@ -30,8 +31,8 @@ class SwiGLU(Mixer):
 
     def __init__(self, config: ModelConfig, layer: int, d_hidden: int, n_residual: int = 2, bias: bool = False) -> None:
         super().__init__(config, layer)
-        self.up_proj = nn.Linear(config.d_model, 2 * d_hidden, bias)  # gate first, then up
-        self.down_proj = nn.Linear(d_hidden, config.d_model, bias)
+        self.up_proj = Linear(config.d_model, 2 * d_hidden, bias)  # gate first, then up
+        self.down_proj = Linear(d_hidden, config.d_model, bias)
         _init(self.up_proj, self.down_proj, n_residual * config.n_layers)
 
     def forward(self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -59,8 +60,8 @@ class MLP(Mixer):
 
     def __init__(self, config: ModelConfig, layer: int, d_hidden: int, activation: str, bias: bool = True) -> None:
         super().__init__(config, layer)
-        self.up_proj = nn.Linear(config.d_model, d_hidden, bias)
-        self.down_proj = nn.Linear(d_hidden, config.d_model, bias)
+        self.up_proj = Linear(config.d_model, d_hidden, bias)
+        self.down_proj = Linear(d_hidden, config.d_model, bias)
         self.approximate = "tanh" if activation == "gelu_tanh" else "none"
         _init(self.up_proj, self.down_proj, 2 * config.n_layers)
 

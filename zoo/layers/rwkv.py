@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig
+from zoo.layers.linear import Linear
 from zoo.layers.token_shift import TokenShift
 from zoo.mixer import Mixer
 from zoo.settings import setting
@@ -105,11 +106,11 @@ class ChannelMix(Mixer):
         d_ff = config.d_ff or 4 * config.d_model
         kept = config.channels() ** (config.depth(layer)[1] ** power)
         self.shift = TokenShift(1 - kept.repeat(1 + gated, 1), config.token_shift)
-        self.key = nn.Linear(config.d_model, d_ff, bias=False)
-        self.value = nn.Linear(d_ff, config.d_model, bias=False)
+        self.key = Linear(config.d_model, d_ff, bias=False)
+        self.value = Linear(d_ff, config.d_model, bias=False)
         init_orthogonal(self.key, 1)
         init_orthogonal(self.value, 0)
-        self.receptance = nn.Linear(config.d_model, config.d_model, bias=False) if gated else None
+        self.receptance = Linear(config.d_model, config.d_model, bias=False) if gated else None
         if self.receptance is not None:
             init_orthogonal(self.receptance, 0)
 
