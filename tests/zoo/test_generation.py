@@ -113,7 +113,7 @@ def test_finished_rows_leave_the_batch() -> None:
 
 
 def test_at_least_so_many_tokens() -> None:
-    model, prompts = make("mamba"), prompts_of([3, 8])
+    model, prompts = make("mamba"), prompts_of([3, 8] * 12)
     everything = list(range(1, VOCAB))  # all but 0 stop
     made = zoo.generate(model, prompts, max_new_tokens=9, min_new_tokens=5, stop=everything, pad=-1)[:, 8:]
     assert (made[:, :5] == 0).all()
