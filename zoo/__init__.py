@@ -8,6 +8,8 @@ from zoo.kernels.errors import ZooError
 from zoo.long_context import set_cache, set_rope_scaling
 from zoo.mixer import Mixer
 from zoo.model import Model, ModelOutput, ModelState, create_model, state_bytes
+from zoo.pretrained.hub import push_to_hub
+from zoo.pretrained.tokenizer import load_tokenizer
 from zoo.registry import list_models, register
 from zoo.scoring import score
 
@@ -23,6 +25,8 @@ __all__ = [
     "generate",
     "list_models",
     "load_pretrained",
+    "load_tokenizer",
+    "push_to_hub",
     "register",
     "save_pretrained",
     "score",

@@ -1,4 +1,4 @@
-"""`python -m zoo.list [PATTERN]`: a table of the registered architectures."""
+"""`python -m zoo.list [PATTERN]`: a table of the registered architectures, or of what can be loaded by name."""
 
 from __future__ import annotations
 
@@ -7,26 +7,35 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from zoo.checkpoint import load_pretrained
 from zoo.console import run_cli
 from zoo.kernels.errors import ConfigError
 from zoo.model import create_model
+from zoo.pretrained.variants import variants
 from zoo.registry import architecture, list_models
 
-USAGE = "usage: zoo list [PATTERN]      for example: zoo list 'rwkv*'"
+USAGE = "usage: zoo list [--pretrained] [PATTERN]      for example: zoo list 'rwkv*'"
 VOCABULARY, SHORT, LONG = 256, 1_024, 65_536
 
 
 def main() -> None:
     """Prints name, what it is, size with default settings, and what one sequence costs to remember and to read."""
-    arguments = sys.argv[1:]
+    pretrained = "--pretrained" in sys.argv[1:]
+    arguments = [word for word in sys.argv[1:] if word != "--pretrained"]
     if "--help" in arguments or "-h" in arguments:
-        print(f"{USAGE}\n\nSizes are those of the default settings at a vocabulary of {VOCABULARY}.")
+        print(f"{USAGE}\n\n--pretrained lists what can be loaded by name.")
+        print(f"Sizes are those of the default settings at a vocabulary of {VOCABULARY}.")
         return
     if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
         raise ConfigError(f"arguments {arguments} are not understood: {USAGE}")
-    names = list_models(*arguments)
+    names = list_models(*arguments, pretrained=pretrained)
     if not names:
-        raise ConfigError(f"no architecture matches {arguments[0]!r}: known: {', '.join(list_models())}")
+        what = "pretrained variant" if pretrained else "architecture"
+        known = ", ".join(list_models(pretrained=pretrained))
+        raise ConfigError(f"no {what} matches {arguments[0]!r}: known: {known}")
+    if pretrained:
+        _print_variants(names)
+        return
     table = Table(
         title=f"Default sizes, vocabulary {VOCABULARY}. State: elements kept per sequence after so many tokens; FLOPs: "
         f"forward, over {SHORT:,} tokens.",
@@ -51,6 +60,27 @@ def main() -> None:
     console.print(summaries)
     console.print()
     console.print(table)
+
+
+def _print_variants(names: list[str]) -> None:
+    """A row for each variant that `zoo.load_pretrained` knows by name."""
+    table = Table(title="zoo.load_pretrained(name): public variants on the hub, and those in the package.")
+    table.title_justify = "left"
+    for heading, where in (("name", "left"), ("architecture", "left"), ("parameters", "right"), ("context", "right")):
+        table.add_column(heading, justify=where, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("licence", no_wrap=True)
+    table.add_column("from", overflow="fold")
+    known = variants()
+    for name in names:
+        row = known.get(name)
+        if row is None:
+            model = load_pretrained(name)
+            size = f"{sum(p.numel() for p in model.parameters()):,}"
+            table.add_row(name, model.architecture, size, "", "", "in the package")
+        else:
+            size, context = f"{row.parameters:,}", f"{row.context:,}"
+            table.add_row(name, row.family, size, context, row.licence, row.hub_id)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,17 @@ def architecture(name: str) -> Architecture:
     return _REGISTRY[name]
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Sorted names of the registered architectures that match a shell pattern, such as "rwkv*"."""
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Sorted names of the registered architectures that match a shell pattern, such as "rwkv*".
+
+    Args:
+        pattern: The pattern.
+        pretrained: Lists what `load_pretrained` loads by name instead: public variants, and those in the package.
+    """
+    if pretrained:
+        from zoo.pretrained.sources import bundled
+        from zoo.pretrained.variants import variants
+
+        return sorted(fnmatch.filter({*variants(), *bundled()}, pattern))
     _discover()
     return sorted(fnmatch.filter(_REGISTRY, pattern))

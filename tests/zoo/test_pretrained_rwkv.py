@@ -93,10 +93,10 @@ def test_rwkv7(settings, dtype, tmp_path) -> None:
 
 def test_the_last_norm_has_one_epsilon(tmp_path) -> None:
     RwkvForCausalLM(RwkvConfig(**SMALL, layer_norm_epsilon=1e-3)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="layer_norm_epsilon=0.001, which the zoo's architecture does not know"):
+    with pytest.raises(CheckpointError, match=r"layer_norm_epsilon=0.001, which the zoo's architecture does not know"):
         zoo.load_pretrained(tmp_path)
     model = zoo.create_model("rwkv4", vocab_size=VOCAB, d_model=16, norm_eps=1e-3)
-    with pytest.raises(ConfigError, match="norm_eps=0.001 has no word in the rwkv of transformers"):
+    with pytest.raises(ConfigError, match=r"norm_eps=0.001 has no word in the rwkv of transformers"):
         zoo.save_pretrained(model, tmp_path / "never", format="transformers")
 
 

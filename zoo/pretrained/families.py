@@ -42,7 +42,7 @@ def by_settings(settings: dict[str, Any], where: str) -> Family:
         return originals[layer]
     known = {kind: family for family in FAMILIES for kind in family.model_types}
     kind = settings.get("model_type")
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(f"{where} has model_type {kind!r}: {did_you_mean(str(kind), known)}")
     return known[kind]
 

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -145,7 +146,9 @@ def _opened(file: Path) -> Iterator[Opened]:
 
 def _unpickled(file: Path) -> Any:
     # The format of torch before 1.6 is no zip archive and cannot be mapped.
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    with warnings.catch_warnings():  # of pickle protocols: what they cannot say is an error all the same
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 @contextlib.contextmanager
