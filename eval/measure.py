@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from zoo.kernels.errors import ZooError
+from zoo.memory import PeakMemory, synchronize
 from zoo.train.environment import describe_device, git_commit, versions
-from zoo.train.meters import PeakMemory, synchronize
 
 CPU = torch.device("cpu")
 

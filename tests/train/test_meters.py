@@ -5,8 +5,9 @@ import sys
 import pytest
 import torch
 
+from zoo.memory import PeakMemory
 from zoo.train import meters
-from zoo.train.meters import PeakMemory, TrainingMeter
+from zoo.train.meters import TrainingMeter
 
 CPU = torch.device("cpu")
 
