@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from zoo.checkpoint import load_pretrained, model_folder, read_description
-from zoo.codec import Codec, codec_from_dict
+from zoo.checkpoint import load_pretrained
+from zoo.codec import Codec
 from zoo.kernels.errors import ConfigError
 from zoo.long_context import set_cache, set_rope_scaling
 from zoo.model import Model
+from zoo.pretrained.tokenizer import find_tokenizer
 from zoo.settings import Settings, describe_settings, parse_overrides, parse_value, setting
 
 POLICIES: dict[str, Callable[..., None]] = {"rope_scaling": set_rope_scaling, "cache": set_cache}
@@ -26,7 +27,7 @@ POLICIES: dict[str, Callable[..., None]] = {"rope_scaling": set_rope_scaling, "c
 class ModelSettings(Settings):
     """Which model, where, and how it reads."""
 
-    model: str = setting(help="folder of a model, or of the run that trained it")
+    model: str = setting(help="folder of a model or of its run, a name that `zoo list --pretrained` shows, or a hub id")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...")
     rope_scaling: str | None = setting(
         None, "scale the rotary positions for longer contexts; settings after a dot: rope_scaling.factor=8"
@@ -75,8 +76,7 @@ def load_model(config: ModelSettings, policies: PolicySettings) -> tuple[Model, 
         torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device={config.device!r} cannot be used here: pass device=cpu") from error
-    tokenizer = read_description(model_folder(config.model)).get("tokenizer")
-    codec = None if tokenizer is None else codec_from_dict(tokenizer)
+    codec = find_tokenizer(config.model)
     model = load_pretrained(config.model, device=device)
     for policy, set_policy in POLICIES.items():
         name = getattr(config, policy)

@@ -224,3 +224,10 @@ def test_tokenizers_of_other_kinds(llama, tmp_path) -> None:
     torch.save({"emb.weight": torch.ones(2, 2)}, tmp_path / "a.pth")
     with pytest.raises(DataError, match="a file of weights without a tokenizer"):
         zoo.load_tokenizer(tmp_path / "a.pth")
+
+
+def test_published_models_generate_on_the_command_line(llama) -> None:
+    words = ["zoo", "generate", f"model={llama}", "prompt=def x", "max_new_tokens=5", "temperature=0"]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def x")

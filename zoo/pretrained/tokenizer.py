@@ -30,9 +30,23 @@ def load_tokenizer(name: str | os.PathLike[str], revision: str | None = None) ->
         CheckpointError: There is no such model.
         DataError: It comes without a tokenizer, or with one that cannot be read.
     """
+    found = _find(name, revision)
+    if isinstance(found, str):
+        raise DataError(found)
+    return found
+
+
+def find_tokenizer(name: str | os.PathLike[str], revision: str | None = None) -> Codec | None:
+    """As `load_tokenizer`, but None where the model comes without a tokenizer."""
+    found = _find(name, revision)
+    return None if isinstance(found, str) else found
+
+
+def _find(name: str | os.PathLike[str], revision: str | None) -> Codec | str:
+    """The tokenizer, or why there is none."""
     place = locate(name, revision)
     if place.is_file():
-        raise DataError(
+        return (
             f"{place} is a file of weights without a tokenizer (those of RWKV come with the rwkv package, World models "
             f"have one of their own, which the zoo does not have): give tokens to the model instead of text"
         )
@@ -40,12 +54,12 @@ def load_tokenizer(name: str | os.PathLike[str], revision: str | None = None) ->
     if "architecture" in description:
         own = description.get("tokenizer")
         if own is None:
-            raise DataError(f"{place} was not trained on text, or does not say how text becomes tokens")
+            return f"{place} was not trained on text, or does not say how text becomes tokens"
         return codec_from_dict(own)
     if (place / FILE).is_file():
         return TokenizerCodec((place / FILE).read_text(encoding="utf-8"), str(place / FILE))
     if not any((place / other).is_file() for other in OTHERS):
-        raise DataError(f"{place} comes without a tokenizer: expected {FILE}; put that of the model beside its weights")
+        return f"{place} comes without a tokenizer: expected {FILE}; put that of the model beside its weights"
     return _through_transformers(place)
 
 
