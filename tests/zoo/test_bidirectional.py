@@ -175,6 +175,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("longformer", {"windows": [4, 0]}, "expected 2 numbers, one per block, from 1 to 1073741824"),
     ("longformer", {"windows": [4, 2**31]}, "expected 2 numbers, one per block, from 1 to"),
     ("longformer", {"window": 2**70}, "expected at most 1073741824"),
+    ("transformer", {"window": 2**70}, "expected at most 1073741824"),
+    ("bigbird", {"block_size": 2**70}, "expected at most 1073741824"),
+    ("bigbird", {"n_window_blocks": 2**70}, "expected at most 1073741824"),
     ("longformer", {"window_growth": 1e300}, "expected windows of at most 1073741824"),
     ("longformer", {"window_growth": 1e300, "n_layers": 5}, "expected windows of at most 1073741824"),
     ("longformer", {"windows": [4, 4, 4]}, "expected 2 numbers"),
@@ -247,3 +250,22 @@ def test_the_plan_of_transformers_takes_one_document() -> None:
     model = create("bigbird", causal=False, plan="transformers", max_positions=64)
     with pytest.raises(DataError, match="takes no segment_ids: give one document per row, unpadded"):
         model(TOKENS, segment_ids=IDS)
+
+
+def test_more_blocks_than_there_are_cost_nothing() -> None:
+    torch.manual_seed(0)
+    many = zoo.create_model("bigbird", vocab_size=9, block_size=4, n_global_blocks=2**30, n_random_blocks=2**30)
+    tokens = torch.randint(9, (2, 40))
+    dense = zoo.create_model("transformer", vocab_size=9)
+    dense.load_state_dict(many.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(many(tokens).logits, dense(tokens).logits)
+
+
+def test_a_state_of_another_model_is_one_line() -> None:
+    names = ("transformer", "longformer", "bigbird")
+    models = {name: zoo.create_model(name, vocab_size=9) for name in names}
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    for one, other in (("longformer", "bigbird"), ("bigbird", "longformer"), ("transformer", "longformer")):
+        with pytest.raises(DataError, match=r"the state is a \w+, of another model or cache: begin with one from init"):
+            models[one](tokens, state=models[other].init_state(1))

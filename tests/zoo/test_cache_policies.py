@@ -365,7 +365,7 @@ def test_a_policy_is_not_for_training_and_its_state_is_its_own() -> None:
     model, tokens = make(), torch.randint(13, (1, 5))
     before = model.init_state(1)
     zoo.set_cache(model, "window", window=3)
-    with pytest.raises(DataError, match="the state is a KVCache, made before the cache was changed"):
+    with pytest.raises(DataError, match="the state is a KVCache, of another model or cache"):
         model(tokens, state=before)
     with pytest.raises(ConfigError, match="cache policies have no gradients: read under"):
         model(tokens, state=model.init_state(1))

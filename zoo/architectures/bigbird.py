@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from zoo.kernels import sparse_attention
 from zoo.kernels.errors import DataError
 from zoo.kernels.sparse_attention import Pattern, visible_pairs
-from zoo.layers.attention import Attention, AttentionConfig, Documents
+from zoo.layers.attention import FARTHEST, Attention, AttentionConfig, Documents
 from zoo.layers.random_blocks import draw_distinct, transformers_plan
 from zoo.registry import register
 from zoo.settings import setting
@@ -26,10 +26,16 @@ from zoo.settings import setting
 class BigBirdConfig(AttentionConfig):
     """Settings of BigBird."""
 
-    block_size: int = setting(64, "tokens per block", minimum=1)
-    n_window_blocks: int = setting(3, "blocks of the window: the last ones, or around a block if not causal", minimum=1)
-    n_global_blocks: int = setting(1, "first blocks that all see (and last ones, if not causal)", minimum=0)
-    n_random_blocks: int = setting(3, "random blocks that each block sees, of each head its own", minimum=0)
+    block_size: int = setting(64, "tokens per block", minimum=1, maximum=FARTHEST)
+    n_window_blocks: int = setting(
+        3, "blocks of the window: the last ones, or around a block if not causal", minimum=1, maximum=FARTHEST
+    )
+    n_global_blocks: int = setting(
+        1, "first blocks that all see (and last ones, if not causal)", minimum=0, maximum=FARTHEST
+    )
+    n_random_blocks: int = setting(
+        3, "random blocks that each block sees, of each head its own", minimum=0, maximum=FARTHEST
+    )
     random_seed: int = setting(0, "of the random blocks, which never change", minimum=0)
     plan: str = setting(
         "hash",
@@ -110,7 +116,7 @@ class BigBird(Attention):
             sees_all = (row < self.n_global) | (row >= n_blocks - self.n_global)
         counts = None
         if self.max_blocks is None:
-            far = self._own_plan(row, n_blocks, side)  # (B|1, H, N, M)
+            far = self._own_plan(row, n_blocks, side, -(-n_keys // block))  # (B|1, H, N, M)
         else:
             far, counts = self._transformers_plan(int(n_blocks[0, 0]))
             sees_all = sees_all | (n_blocks <= 2 * self.n_random + 5)
@@ -126,18 +132,21 @@ class BigBird(Attention):
         lo, hi, first, last = (t.masked_fill(empty, 0).clamp(max=n_keys) for t in (lo, hi, first, last))
         return Pattern(lo, hi, None, far, tile, block, counts, first, last)
 
-    def _own_plan(self, row: Tensor, n_blocks: Tensor, side: int) -> Tensor:
-        """Global and random blocks of each tile, by their number in the document; -1: none. (B|1, H, N, M)."""
+    def _own_plan(self, row: Tensor, n_blocks: Tensor, side: int, most: int) -> Tensor:
+        """Global and random blocks of each tile, by their number in the document; -1: none. (B|1, H, N, M).
+
+        No document has more than `most` blocks: what is asked for beyond that is not listed.
+        """
         # Random blocks are drawn from those before the window and, where not causal, those after it, global ones apart.
         end = row if self.causal else n_blocks - self.n_global
         before = (torch.minimum(row - side, end) - self.n_global).clamp(min=0)  # (B|1, N)
         after_window = (row + side + 1).clamp(min=self.n_global)
         after = torch.zeros_like(row) if self.causal else (end - after_window).clamp(min=0)
-        drawn = draw_distinct(row, before + after, self.n_heads, self.n_random, self.seed, self.layer)
+        drawn = draw_distinct(row, before + after, self.n_heads, min(self.n_random, most), self.seed, self.layer)
         before, after_window = before[:, None, :, None], after_window[:, None, :, None]
         drawn = torch.where(drawn < before, drawn + self.n_global * (drawn >= 0), drawn - before + after_window)
 
-        numbers = torch.arange(self.n_global, device=row.device)
+        numbers = torch.arange(min(self.n_global, most), device=row.device)
         known = numbers.expand(*row.shape, -1)  # (B|1, N, g)
         known = torch.where(known < n_blocks[..., None], known, -1)
         if not self.causal:

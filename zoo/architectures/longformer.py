@@ -16,15 +16,13 @@ from torch.nn import functional as F
 
 from zoo.kernels import sparse_attention
 from zoo.kernels.sparse_attention import Pattern, visible_pairs
-from zoo.layers.attention import Attention, AttentionConfig, Documents, window_pattern
+from zoo.layers.attention import FARTHEST, Attention, AttentionConfig, Documents, window_pattern
 from zoo.layers.linear import Linear
 from zoo.registry import register
 from zoo.settings import setting
 
 TILE = 64
 """Queries for which far keys are listed together."""
-FARTHEST = 2**30
-"""Largest window and dilation: their product is a number of 64 bits."""
 
 
 @dataclass(kw_only=True)
@@ -137,6 +135,7 @@ class GlobalQueries(nn.Module):
 class Longformer(Attention):
     """Longformer: attention in a sliding window and to a few global tokens, then a feed-forward."""
 
+    state = LongformerState
     shares = True
 
     def __init__(self, config: LongformerConfig, layer: int) -> None:

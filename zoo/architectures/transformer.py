@@ -1,4 +1,4 @@
-"""The baseline: a pre-norm Transformer with rotary positions, grouped-query attention and SwiGLU.
+"""The baseline: a Transformer, by default pre-norm with rotary positions, grouped queries and SwiGLU.
 
 The form of Llama (Touvron et al. 2023, arXiv 2302.13971); grouped queries (Ainslie et al. 2023, arXiv 2305.13245);
 the optional sliding window is that of Mistral (Jiang et al. 2023, arXiv 2310.06825).
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.kernels import sparse_attention
-from zoo.layers.attention import AttentionConfig, Documents, window_pattern
+from zoo.layers.attention import FARTHEST, AttentionConfig, Documents, window_pattern
 from zoo.layers.cache import CachedAttention
 from zoo.registry import register
 from zoo.settings import setting
@@ -28,12 +28,13 @@ class TransformerConfig(AttentionConfig):
         None,
         "a token sees this many last tokens, itself included (and as many next ones if not causal); null: all",
         minimum=1,
+        maximum=FARTHEST,
     )
 
 
 @register("transformer", config=TransformerConfig)
 class Transformer(CachedAttention):
-    """Transformer: causal softmax attention with rotary positions, then SwiGLU."""
+    """Transformer: softmax attention, then a feed-forward, in the form of Llama unless set otherwise."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__(config, layer)

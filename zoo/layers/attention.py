@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoo.config import ModelConfig
 from zoo.documents import document_begins, document_ends
+from zoo.kernels.errors import DataError
 from zoo.kernels.sparse_attention import Pattern
 from zoo.layers.feed_forward import MLP, SwiGLU
 from zoo.layers.linear import Linear
@@ -37,6 +38,10 @@ BERT = {
 }
 """The settings that make an attention architecture an encoder as published (Devlin et al. 2018, arXiv 1810.04805);
 `max_positions` is left to the user: `create_model("longformer", vocab_size=..., max_positions=4096, **BERT)`."""
+
+
+FARTHEST = 2**30
+"""Largest window, dilation and block: their products are numbers of 64 bits."""
 
 
 @dataclass(kw_only=True)
@@ -123,6 +128,9 @@ class Attention(Mixer):
 
     both_ways = True
 
+    state: ClassVar[type] = KVCache
+    """What is carried from call to call."""
+
     @classmethod
     def sublayers(cls, config: Any, layer: int) -> list[Mixer]:
         """Attention, then the feed-forward."""
@@ -153,6 +161,10 @@ class Attention(Mixer):
         shared: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Any]:
         """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
+        if state is not None and not isinstance(state, self.state):
+            raise DataError(
+                f"the state is a {type(state).__name__}, of another model or cache: begin with one from init_state"
+            )
         documents = self._documents(x, state, segment_ids, shared)
         qk, v = self._project(x)
         late = state is not None and self.rotary is not None and self.rotary.grows

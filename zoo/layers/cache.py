@@ -66,13 +66,12 @@ class CachedAttention(Attention):
         self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None, shared: dict[str, Any] | None = None
     ) -> tuple[Tensor, Any]:
         """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
-        if state is not None and not isinstance(state, KVCache if self.policy is None else self.policy.state):
-            raise DataError(
-                f"the state is a {type(state).__name__}, made before the cache was changed: begin with a new one "
-                f"from init_state"
-            )
         if state is None or self.policy is None:
             return super().forward(x, state, segment_ids, shared)
+        if not isinstance(state, self.policy.state):
+            raise DataError(
+                f"the state is a {type(state).__name__}, of another model or cache: begin with one from init_state"
+            )
         if torch.is_grad_enabled() and x.requires_grad:
             raise ConfigError(
                 "cache policies have no gradients: read under torch.no_grad(), or set_cache(model, 'full') to train"
