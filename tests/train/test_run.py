@@ -126,12 +126,12 @@ def test_the_speed_is_that_of_training_alone(toy, train, tmp_path, monkeypatch):
         time.sleep(0.2)
 
     monkeypatch.setattr(SequenceModule, "on_validation_epoch_end", finish)
-    toy.at_step = lambda mixer, call: time.sleep(0.5 if call <= WARMUP_STEPS else 0.01)
+    toy.at_step = lambda mixer, call: time.sleep(1 if call <= WARMUP_STEPS else 0.01)
     summary = train(tmp_path, "arch=toy", "trainer.max_steps=25", "trainer.val_every=5").summary
     steps = 25 - WARMUP_STEPS
-    assert 0.01 * steps < summary["train_seconds"] < 0.01 * steps + 0.5
+    assert 0.01 * steps < summary["train_seconds"] < WARMUP_STEPS / 2  # beside other work it is slow
     assert summary["tokens_per_second"] == pytest.approx(steps * 8 * 32 / summary["train_seconds"])
-    assert summary["wall_seconds"] > 0.5 * WARMUP_STEPS + 5 * 0.2
+    assert summary["wall_seconds"] > WARMUP_STEPS + 5 * 0.2
 
 
 def test_checkpoints_kept_are_the_newest_and_the_best(mamba):
