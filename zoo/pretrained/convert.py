@@ -24,6 +24,9 @@ from zoo.pretrained.weights import Weights
 MAX_NAMES = 8
 """So many names of tensors fit into one line."""
 
+MAPPED_ELEMENTS = 8 << 20
+"""About so much of the files is mapped at a time, or one tensor: what is mapped counts as memory of the process."""
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -121,7 +124,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Gives a model that has no memory yet its weights; beside it, one block's are in memory at a time.
+    """Gives a model that has no memory yet its weights; beside it, few tensors at a time are in memory.
 
     Args:
         model: Built on the meta device; it is changed only if everything in the files fits it.
@@ -146,7 +149,7 @@ def load(
 
     _check_copies(weights, files, table)
     device = torch.device(device or "cpu")
-    for _, group in _groups(table.links).items():
+    for group in _groups(table.links, blank):
         with ExitStack() as stack:
             read = stack.enter_context(weights.reader(files[name] for row in group for name in _theirs(row)))
             for row in group:
@@ -175,13 +178,19 @@ def _theirs(row: Link) -> list[str]:
     return [source.name for source in (*row.sources, *([] if row.added is None else [row.added]))]
 
 
-def _groups(links: Iterable[Link]) -> dict[str, list[Link]]:
-    """The links by block, so that files are mapped into memory for one block at a time."""
-    groups: dict[str, list[Link]] = {}
+def _groups(links: Iterable[Link], blank: Mapping[str, Tensor]) -> Iterator[list[Link]]:
+    """Runs of links that are small together: files are mapped into memory for one run at a time."""
+    group: list[Link] = []
+    size = 0
     for row in links:
-        found = re.match(r"blocks\.\d+\.", row.ours)
-        groups.setdefault(found[0] if found else row.ours, []).append(row)
-    return groups
+        elements = blank[row.ours].numel()
+        if group and size + elements > MAPPED_ELEMENTS:
+            yield group
+            group, size = [], 0
+        group.append(row)
+        size += elements
+    if group:
+        yield group
 
 
 def _promoted(kinds: list[torch.dtype | str]) -> torch.dtype:
