@@ -36,6 +36,7 @@ LENGTHS = [TRAINED << i for i in range(6)]  # 256 to 8,192
 SIZE = ["arch.d_model=128", "arch.n_layers=4"]
 TRAINING = ["data=pystdlib", f"data.seq_len={TRAINED}", "data.batch_size=16", "trainer.max_steps=2500"]
 TUNING = ["data=pystdlib", f"data.seq_len={TUNED}", "data.batch_size=2", "trainer.max_steps=200", "optim.lr=3e-4"]
+TUNING += ["trainer.val_every=200", "data.validation_examples=32", "trainer.eval_batches=16"]
 SCALINGS = {
     "none": {},
     "linear (PI)": {"type": "linear", "factor": FACTOR},
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/length-matrix"))
     parser.add_argument("--only-read", action="store_true", help="train nothing")
-    parser.add_argument("--documents", type=int, default=16)
+    parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "length_matrix")
     args = parser.parse_args()
     if not args.only_read:
