@@ -35,7 +35,7 @@ SIZE = {"vocab_size": VOCABULARY, "d_model": 256, "n_layers": 4}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "mamba": ("mamba", {}, None),
     "transformer window=256": ("transformer", {"window": 256}, None),
-    "transformer cache=streaming": ("transformer", {}, {"name": "streaming", "sinks": 4, "window": 1024}),
+    "transformer cache=streaming": ("transformer", {}, {"sinks": 4, "window": 1024}),
 }
 WAYS = {"chunks": CHUNK, "one chunk": LENGTH, "forward": None}
 """How the tokens are read: `zoo.score` in chunks of so many, or (None) one forward pass with all its logits."""
@@ -46,7 +46,7 @@ def build(name: str) -> zoo.Model:
     arch, settings, cache = MODELS[name]
     model = zoo.create_model(arch, **SIZE, **settings).eval()
     if cache is not None:
-        zoo.set_cache(model, **cache)
+        zoo.set_cache(model, "streaming", **cache)
     return model
 
 

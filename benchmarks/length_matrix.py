@@ -41,8 +41,8 @@ SCALINGS = {
     "none": {},
     "linear (PI)": {"type": "linear", "factor": FACTOR},
     "NTK-aware": {"type": "ntk", "factor": FACTOR},
-    "dynamic NTK": {"type": "dynamic", "factor": 1},
-    "YaRN": {"type": "yarn", "factor": FACTOR},
+    "dynamic NTK": {"type": "dynamic", "factor": 1, "original_length": TRAINED},
+    "YaRN": {"type": "yarn", "factor": FACTOR, "original_length": TRAINED},
 }
 
 
@@ -60,7 +60,7 @@ def train_all(runs: Path) -> None:
         train(runs, arch, [f"arch={arch}", *SIZE, *TRAINING])
     for label, scaling in SCALINGS.items():
         told = "{" + ",".join(f"{key}:{value}" for key, value in scaling.items()) + "}"
-        words = [f"init={runs / 'transformer'}", f"arch.trained_length={TRAINED}", f"arch.rope_scaling={told}"]
+        words = [f"init={runs / 'transformer'}", f"arch.rope_scaling={told}"]
         train(runs, tuned_name(label), [*words, *TUNING])
 
 
@@ -118,7 +118,7 @@ def read_all(runs: Path, count: int) -> list[dict]:
         model = zoo.load_pretrained(runs / "transformer")
         if scaling:
             settings = {key: value for key, value in scaling.items() if key != "type"}
-            zoo.set_rope_scaling(model, scaling["type"], original_length=TRAINED, **settings)
+            zoo.set_rope_scaling(model, scaling["type"], **settings)
         rows += read(label, False, model, tokens)
         rows += read(label, True, zoo.load_pretrained(runs / tuned_name(label)), tokens)
     for arch in ("mamba", "rwkv4"):

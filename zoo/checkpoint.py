@@ -89,8 +89,8 @@ def load_pretrained(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    rope_scaling: Mapping[str, Any] | None = None,
-    cache: Mapping[str, Any] | None = None,
+    rope_scaling: str | Mapping[str, Any] | None = None,
+    cache: str | Mapping[str, Any] | None = None,
 ) -> Model:
     """Loads a model: one of ours, or a published checkpoint.
 
@@ -127,7 +127,8 @@ def load_pretrained(
     )
     for policy, values in ((set_rope_scaling, rope_scaling), (set_cache, cache)):
         if values is not None:
-            policy(found.model, **{"name" if key == "type" else key: value for key, value in values.items()})
+            own = {"type": values} if isinstance(values, str) else dict(values)
+            policy(found.model, own.pop("type", "none given"), **own)
     return found.model.eval()
 
 

@@ -81,10 +81,7 @@ def load_model(config: ModelSettings, policies: PolicySettings) -> tuple[Model, 
     for policy, set_policy in POLICIES.items():
         name = getattr(config, policy)
         if name is not None:
-            try:
-                set_policy(model, name, **policies[policy])
-            except TypeError as error:  # a name that is one of the function's own
-                raise ConfigError(f"{policy}={name}: {error}") from error
+            set_policy(model, name, **policies[policy])
     return model, codec
 
 

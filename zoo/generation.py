@@ -5,6 +5,7 @@ Letters: B batch, T prompt length, V vocab_size, D d_model, A rows that are not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,9 @@ class _Choice:
     top_p: float | None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(
-                f"temperature={self.temperature:g} is not valid: expected at least 0 (0: the most likely token)"
+                f"temperature={self.temperature:g} is not valid: expected a number from 0 (the most likely token) on"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k={self.top_k} is not valid: expected at least 1")
@@ -41,7 +42,9 @@ class _Choice:
         """The next token (A,) of each row of logits (A, V); row i draws from `draws[i]` alone."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        probabilities = keep_likely(logits / self.temperature, self.top_k, self.top_p).double().softmax(-1)
+        # Without the largest one taken off, a tiny temperature would make infinities of them.
+        logits = (logits - logits.amax(-1, keepdim=True)).double() / self.temperature
+        probabilities = keep_likely(logits, self.top_k, self.top_p).softmax(-1)
         reached = probabilities.cumsum(-1)  # (A, V)
         # One number per row, made on the CPU: the same on every device, and whatever the other rows draw.
         drawn = torch.stack([torch.rand(1, generator=draw, dtype=torch.float64) for draw in draws])  # (A, 1)
@@ -69,7 +72,8 @@ def stream(
 
     Every row is generated as if it were alone: shorter prompts are padded on the left with a document of its own,
     which the architecture neither sees nor counts, and each row draws from its own seed. What is left between the two
-    is rounding, because matrix products add up differently for another batch.
+    is rounding, because matrix products add up differently for another batch. What depends on how a prompt is cut into
+    calls (H2O, scalings that grow with the length) is the same only where `prefill_chunk` cuts no prompt.
 
     Args:
         model: Any causal architecture.
@@ -103,6 +107,8 @@ def stream(
     for token in stop:
         if not 0 <= token < model.config.vocab_size:
             raise ConfigError(f"stop token {token} is outside the vocabulary 0..{model.config.vocab_size - 1}")
+    if min_new_tokens and len(set(stop)) == model.config.vocab_size:
+        raise ConfigError("all tokens are stop tokens: leave one out, or pass min_new_tokens=0")
     choice = _Choice(temperature=temperature, top_k=top_k, top_p=top_p)
     prompts, lengths = left_padded(tokens, lengths)
     model.check_vocabulary(prompts)
@@ -205,7 +211,12 @@ def _prefill(
     """What the model made of each prompt's last token, (B, D), and the state after it."""
     device = model.embedding.weight.device
     # Padding is a document before that of the prompt: documents do not see each other, and each counts from zero.
-    ids = None if lengths is None else _is_prompt(prompts, lengths).long()
+    ids = None
+    if lengths is not None:
+        # Padding may be longer than the documents that a model has learned positions for: then it is several.
+        longest = model.config.max_positions or prompts.shape[1]
+        times = torch.arange(prompts.shape[1], device=prompts.device)
+        ids = torch.where(_is_prompt(prompts, lengths), prompts.shape[1], times // longest)  # (B, T)
     x = None
     for begin in range(0, prompts.shape[1], chunk):
         piece = slice(begin, begin + chunk)
@@ -231,6 +242,7 @@ def left_padded(tokens: Prompts, lengths: Tensor | Sequence[int] | None = None) 
     if isinstance(tokens, Tensor):
         array = tokens[None] if tokens.ndim == 1 else tokens
         _check_prompt(array, 2)
+        array = array.long()
         if lengths is None:
             return array, torch.full((array.shape[0],), array.shape[1], device=array.device)
         known = torch.as_tensor(lengths, device=array.device)

@@ -11,11 +11,12 @@ from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.layers.attention import Attention, AttentionConfig
 from zoo.layers.cache import CachedAttention, CachePolicy
 from zoo.layers.heavy_hitters import H2O
+from zoo.layers.rope_scaling import SCALINGS
 from zoo.layers.streaming import Streaming, Window
 from zoo.model import Model
 
 
-def set_rope_scaling(model: Model, name: str, **settings: Any) -> None:
+def set_rope_scaling(model: Model, name: str, /, **settings: Any) -> None:
     """Changes how the rotary frequencies of a model are scaled; `save_pretrained` keeps it.
 
     Of a hybrid, all members that have rotary positions change. Weights stay as they are, so that "none" restores the
@@ -29,6 +30,10 @@ def set_rope_scaling(model: Model, name: str, **settings: Any) -> None:
     Raises:
         ConfigError: Unknown name or setting, or a bad or missing value; the model has no rotary positions.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"rope_scaling {name!r} is no name: expected one of {', '.join(SCALINGS)}")
+    if "type" in settings:
+        raise ConfigError(f"rope_scaling {name!r} has no setting 'type': its name is its type")
     scaling = {} if name == "none" and not settings else {"type": name, **settings}
     config = _with_scaling(model.config, scaling)
     rotaries = {}
@@ -51,7 +56,7 @@ POLICIES: dict[str, type[CachePolicy] | None] = {"full": None, "window": Window,
 """What a cache may keep, by name; None: everything."""
 
 
-def set_cache(model: Model, name: str, **settings: Any) -> None:
+def set_cache(model: Model, name: str, /, **settings: Any) -> None:
     """Changes what the attention of a Transformer keeps of what it has read, for evaluation: there are no gradients.
 
     Of a hybrid, all Transformer members change. A whole sequence at once, without a state, is read with full attention
@@ -67,7 +72,8 @@ def set_cache(model: Model, name: str, **settings: Any) -> None:
         ConfigError: Unknown name or setting, or a bad value; an architecture without such a cache, or a model that
             keeps nothing (causal=false) or a window already.
     """
-    if name not in POLICIES:
+    if not isinstance(name, str) or name not in POLICIES:
+        name = str(name)
         raise ConfigError(f"no cache {name!r}: {did_you_mean(name, POLICIES)}")
     kind = POLICIES[name]
     if kind is None and settings:
@@ -90,6 +96,11 @@ def set_cache(model: Model, name: str, **settings: Any) -> None:
         )
     for mixer in caches:
         mixer.policy = policy
+
+
+def has_cache_policy(model: Model) -> bool:
+    """Whether a part of the model keeps less than it was built to keep."""
+    return any(isinstance(m, CachedAttention) and m.policy is not None for mixers in model.mixers() for m in mixers)
 
 
 def _named_settings(kind: type[CachePolicy], settings: dict[str, Any], name: str) -> CachePolicy:

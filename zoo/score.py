@@ -41,7 +41,9 @@ class ScoreConfig(ModelSettings):
 
     text: str | None = setting(None, "file with the text to score")
     tokens: str | None = setting(None, "or a .npy file of token ids, (time,) or (rows, time)")
-    chunk: int = setting(4096, "tokens read at once: memory and speed, not the result", minimum=1)
+    chunk: int = setting(
+        4096, "tokens read at once: memory and speed; the result only with h2o and growing scalings", minimum=1
+    )
     overlap: int = setting(0, "with carry=false: tokens of the last window that are read again as context", minimum=0)
     carry: bool = setting(True, "carry the state from chunk to chunk; false: windows of chunk tokens")
     out: str | None = setting(None, "file for the log-likelihood of each token, .csv or .npy")

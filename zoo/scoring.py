@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.errors import ConfigError, DataError
+from zoo.long_context import has_cache_policy
 from zoo.model import Model, ModelState
 
 Array = Tensor | np.ndarray[Any, Any]
@@ -61,7 +62,8 @@ def stream(
         tokens: Integer ids, (B, T) or (T,): a tensor on any device, an array of numpy, a memory-mapped one too, or
             pieces of either kind one after the other, of any sizes, from an iterator. Only a chunk of them is on the
             model's device, or in memory, at a time.
-        chunk: Tokens that the model reads at once. It decides memory and speed, not the result.
+        chunk: Tokens that the model reads at once. It decides memory and speed, and the result only with what depends
+            on how a text is cut into calls: an H2O cache, rotary scalings that grow with the length.
         overlap: Without `carry`, tokens of the last window that are read again as context of the next one.
         segment_ids: In the form of the tokens, non-negative and non-decreasing along T: packed documents.
         lengths: (B,): of row i, the first lengths[i] tokens count and the others are padding, which is not read.
@@ -88,6 +90,8 @@ def stream(
         raise ConfigError(f"overlap={overlap} is not valid: expected 0 to {chunk - 1}, less than chunk={chunk}")
     if overlap and carry:
         raise ConfigError(f"overlap={overlap} is for windows that carry no state: pass carry=false, or no overlap")
+    if not carry and has_cache_policy(model):
+        raise ConfigError("a cache acts where a state is carried: pass carry=true, or cache=full")
     positions = model.config.max_positions
     if positions is not None and not carry and chunk > positions:
         raise ConfigError(f"chunk={chunk} is more than max_positions={positions}: pass chunk={positions} or less")

@@ -237,3 +237,27 @@ def test_bad_input_is_one_line() -> None:
     assert zoo.generate(few, tokens, max_new_tokens=2).shape == (2, 11)
     both = make("mamba", causal=False)
     refused(ConfigError, "causal=false and so no state", tokens, model=both)
+
+
+def test_tiny_temperatures_choose_the_most_likely_and_no_number_is_refused() -> None:
+    torch.manual_seed(0)
+    model = zoo.create_model("transformer", vocab_size=16, d_model=16)
+    prompt = torch.randint(16, (2, 5))
+    coldest = zoo.generate(model, prompt, max_new_tokens=4, temperature=0)
+    assert torch.equal(zoo.generate(model, prompt, max_new_tokens=4, temperature=1e-40), coldest)
+    assert torch.equal(zoo.generate(model, prompt.int(), max_new_tokens=4, temperature=0, stop=()), coldest)
+    for temperature in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ConfigError, match=r"temperature=.* is not valid"):
+            zoo.generate(model, prompt, max_new_tokens=1, temperature=temperature)
+    with pytest.raises(ConfigError, match="all tokens are stop tokens"):
+        zoo.generate(model, prompt, max_new_tokens=2, min_new_tokens=1, stop=range(16))
+
+
+def test_padding_may_be_longer_than_the_learned_positions() -> None:
+    torch.manual_seed(0)
+    model = zoo.create_model("transformer", vocab_size=16, d_model=16, rotary=False, max_positions=16)
+    prompts = torch.randint(16, (2, 40))
+    together = zoo.generate(model, prompts, lengths=[3, 14], max_new_tokens=2, temperature=0)
+    for row, length in enumerate((3, 14)):
+        alone = zoo.generate(model, prompts[row : row + 1, -length:], max_new_tokens=2, temperature=0)
+        assert torch.equal(together[row, -2:], alone[0, -2:])

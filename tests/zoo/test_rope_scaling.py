@@ -309,3 +309,18 @@ def test_a_model_without_rotary_positions_has_none_to_scale(name: str) -> None:
         zoo.set_rope_scaling(zoo.create_model("transformer", **SIZES, rotary=False), "linear", factor=2)
     with pytest.raises(ConfigError, match="expected nothing where rotary=false"):
         zoo.create_model("transformer", **SIZES, rotary=False, rope_scaling={"type": "linear", "factor": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "line"),
+    [
+        ("linear", {"type": "ntk", "factor": 3}, "rope_scaling 'linear' has no setting 'type'"),
+        ("ntk", {"factor": 1e300}, "expected at most"),
+        ("longrope", {"factor": 2, "short_factor": [1, 1], "long_factor": [1, float("nan")]}, "numbers above 0"),
+        (["a"], {}, "is no name: expected one of none, linear"),
+    ],
+)
+def test_what_would_be_wrong_later_is_one_line_now(name, values, line) -> None:
+    model = zoo.create_model("transformer", vocab_size=9, d_model=16, n_heads=4, trained_length=8)
+    with pytest.raises(ConfigError, match=line):
+        zoo.set_rope_scaling(model, name, **values)

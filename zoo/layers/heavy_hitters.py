@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import state_dtype
-from zoo.layers.attention import KVCache
+from zoo.layers.attention import FARTHEST, KVCache
 from zoo.layers.cache import CachedAttention, CachePolicy
 from zoo.settings import setting
 
@@ -60,8 +60,8 @@ class H2O(CachePolicy):
             value = getattr(self, name)
             if isinstance(value, float) and not (0 < value <= 1 or value == least == 0):
                 self.fail(name, "expected a whole number of keys, or a share of the prompt of more than 0 and up to 1")
-            if value < least and isinstance(value, int):
-                self.fail(name, f"expected at least {least}")
+            if isinstance(value, int) and not least <= value <= FARTHEST:
+                self.fail(name, f"expected a number from {least} to {FARTHEST}, or a share of the prompt such as 0.1")
 
     def budget(self, prompt: Tensor) -> Tensor:
         """Recent and heavy keys, (B, 2), for prompts of those lengths (B,)."""

@@ -20,6 +20,9 @@ from torch import Tensor
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, setting
 
+LARGEST = 2**20
+"""Of a factor: beyond it the base is no number of 64 bits in narrow heads."""
+
 Scaled = tuple[Tensor, "Tensor | float"]
 """Frequencies (..., K/2), and the factor of cosine and sine, which broadcasts over them."""
 
@@ -60,7 +63,7 @@ def _rebased(base: float | Tensor, exponents: Tensor, factor: float | Tensor) ->
 class Linear(RopeScaling):
     """Position interpolation (Chen et al. 2023, arXiv 2306.15595): all positions divided by the factor."""
 
-    factor: float = setting(help="new length over original length", minimum=1)
+    factor: float = setting(help="new length over original length", minimum=1, maximum=LARGEST)
 
     def frequencies(self, base: float, exponents: Tensor, lengths: Tensor | None) -> Scaled:
         """See `RopeScaling.frequencies`."""
@@ -71,7 +74,7 @@ class Linear(RopeScaling):
 class NTK(RopeScaling):
     """NTK-aware (table 1 of Peng et al. 2023, arXiv 2309.00071): a larger base; fast pairs keep their frequencies."""
 
-    factor: float = setting(help="how much slower the slowest pair turns", minimum=1)
+    factor: float = setting(help="how much slower the slowest pair turns", minimum=1, maximum=LARGEST)
 
     def frequencies(self, base: float, exponents: Tensor, lengths: Tensor | None) -> Scaled:
         """See `RopeScaling.frequencies`."""
@@ -103,7 +106,7 @@ class DynamicNTK(_FromOriginal):
 
     grows: ClassVar[bool] = True
 
-    factor: float = setting(1.0, "how fast the base grows beyond the original length", minimum=1)
+    factor: float = setting(1.0, "how fast the base grows beyond the original length", minimum=1, maximum=LARGEST)
 
     def frequencies(self, base: float, exponents: Tensor, lengths: Tensor | None) -> Scaled:
         """See `RopeScaling.frequencies`."""
@@ -159,7 +162,7 @@ class _Ramp(_FromOriginal):
 class Yarn(_Ramp):
     """YaRN (Peng et al. 2023, arXiv 2309.00071): interpolates slow pairs alone, and sharpens the attention."""
 
-    factor: float = setting(help="new length over original length", minimum=1)
+    factor: float = setting(help="new length over original length", minimum=1, maximum=LARGEST)
     attention_factor: float | None = setting(None, "factor of queries and of keys; null: 1 + 0.1 ln factor", above=0)
     mscale: float | None = setting(
         None, "with mscale_all_dim: (1 + 0.1 mscale ln factor) over the same with mscale_all_dim", minimum=0
@@ -194,7 +197,7 @@ class DynamicYarn(_Ramp):
 class Llama3(_FromOriginal):
     """Llama 3.1 (Dubey et al. 2024, arXiv 2407.21783): slow pairs divided by the factor, fast ones as they are."""
 
-    factor: float = setting(8.0, "divides the frequencies of slow pairs", minimum=1)
+    factor: float = setting(8.0, "divides the frequencies of slow pairs", minimum=1, maximum=LARGEST)
     low_freq_factor: float = setting(1.0, "rotations in the original length up to which a pair is slow", above=0)
     high_freq_factor: float = setting(4.0, "rotations from which on it is fast", above=0)
 
@@ -217,7 +220,9 @@ class LongRoPE(_FromOriginal):
 
     grows: ClassVar[bool] = True
 
-    factor: float = setting(help="new length over original length, for the attention factor", minimum=1)
+    factor: float = setting(
+        help="new length over original length, for the attention factor", minimum=1, maximum=LARGEST
+    )
     short_factor: list[float] = setting(help="divides the frequency of each pair, up to the original length")
     long_factor: list[float] = setting(help="divides the frequency of each pair, beyond the original length")
     attention_factor: float | None = setting(
@@ -232,7 +237,7 @@ class LongRoPE(_FromOriginal):
         """See `RopeScaling.check`."""
         for name in ("short_factor", "long_factor"):
             values = getattr(self, name)
-            if len(values) != width // 2 or min(values) <= 0:
+            if len(values) != width // 2 or not all(0 < value < math.inf for value in values):
                 self.fail(name, f"expected {width // 2} numbers above 0, one per pair of a head of width {width}")
 
     def frequencies(self, base: float, exponents: Tensor, lengths: Tensor | None) -> Scaled:

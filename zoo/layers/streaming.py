@@ -18,9 +18,12 @@ from torch import Tensor
 
 from zoo.kernels import sparse_attention
 from zoo.kernels.sparse_attention import Pattern
-from zoo.layers.attention import Documents, KVCache, window_pattern
+from zoo.layers.attention import FARTHEST, Documents, KVCache, window_pattern
 from zoo.layers.cache import CachedAttention, CachePolicy
 from zoo.settings import setting
+
+LARGEST = 2**20
+"""Most sinks: room for them is taken from the beginning."""
 
 
 class StreamingState(NamedTuple):
@@ -47,7 +50,7 @@ class Window(CachePolicy):
     state: ClassVar[type] = StreamingState
     sinks: ClassVar[int] = 0
 
-    window: int = setting(1024, "last tokens that a token sees, itself included", minimum=1)
+    window: int = setting(1024, "last tokens that a token sees, itself included", minimum=1, maximum=FARTHEST)
 
     def init_state(self, attention: CachedAttention, cache: KVCache) -> StreamingState:
         """See `CachePolicy.init_state`."""
@@ -146,7 +149,7 @@ class Window(CachePolicy):
 class Streaming(Window):
     """A token sees the first tokens, the attention sinks, and the last ones."""
 
-    sinks: int = setting(4, "first tokens of a document that are kept beside the window", minimum=0)  # type: ignore[misc]
+    sinks: int = setting(4, "first tokens of a document that are kept beside the window", minimum=0, maximum=LARGEST)  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
