@@ -413,3 +413,24 @@ def test_models_without_such_a_cache_are_one_line(arch: str, more: dict[str, Any
     model = zoo.create_model(arch, vocab_size=11, d_model=16, **more)
     with pytest.raises(ConfigError, match=line):
         zoo.set_cache(model, "h2o")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("window", {"window": 8}), ("window", {"window": 20})),
+        (("window", {"window": 20}), ("window", {"window": 8})),
+        (("window", {"window": 8}), ("streaming", {"sinks": 4, "window": 8})),
+        (("streaming", {"sinks": 4, "window": 8}), ("window", {"window": 8})),
+        (("h2o", {"recent": 4, "heavy": 4}), ("h2o", {"recent": 10, "heavy": 10})),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(before, after) -> None:
+    model = make()
+    zoo.set_cache(model, before[0], **before[1])
+    tokens = torch.randint(model.config.vocab_size, (2, 30))
+    with torch.no_grad():
+        state = model(tokens, state=model.init_state(2)).state
+        zoo.set_cache(model, after[0], **after[1])
+        with pytest.raises(DataError, match="of another model or cache"):
+            model(tokens, state=state)

@@ -48,6 +48,10 @@ class CachePolicy(Settings):
         """
         raise NotImplementedError
 
+    def made(self, state: Any) -> bool:
+        """Whether a state of the right type can be one of this policy's, with its settings."""
+        return True
+
     def reset_state(self, state: Any, rows: Tensor) -> Any:
         """The state when a new document begins in those rows, (B,) bool."""
         return state._replace(start=torch.where(rows, state.position, state.start))
@@ -68,7 +72,7 @@ class CachedAttention(Attention):
         """Maps (B, T, D) to (B, T, D); see `Mixer.forward`."""
         if state is None or self.policy is None:
             return super().forward(x, state, segment_ids, shared)
-        if not isinstance(state, self.policy.state):
+        if not isinstance(state, self.policy.state) or not self.policy.made(state):
             raise DataError(
                 f"the state is a {type(state).__name__}, of another model or cache: begin with one from init_state"
             )

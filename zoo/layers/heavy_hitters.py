@@ -89,6 +89,13 @@ class H2O(CachePolicy):
         state = super().reset_state(state, rows)
         return state._replace(places=state.places.masked_fill(rows[:, None, None], -1))
 
+    def made(self, state: HeavyHitterState) -> bool:
+        """See `CachePolicy.made`: numbers of keys are those of the state; shares may have become any."""
+        if state.budget.device.type != "cpu" or not state.k.shape[1]:
+            return True
+        kept = zip(state.budget[0].tolist(), (self.recent, self.heavy), strict=True)
+        return all(isinstance(asked, float) or held == asked for held, asked in kept)
+
     def state_size(self, attention: CachedAttention, seq_len: int) -> int:
         """Keys, values, scores and places, and four counters; shares are those of a prompt of that length."""
         kept = min(seq_len, int(self.budget(torch.tensor([seq_len])).sum()))

@@ -57,6 +57,13 @@ class Window(CachePolicy):
         empty = cache.k.new_zeros(cache.k.shape[0], self.sinks, *cache.k.shape[2:])
         return StreamingState(empty, empty.clone(), *cache)
 
+    def made(self, state: StreamingState) -> bool:
+        """See `CachePolicy.made`: as many keys as this window has after so many tokens. A GPU is not waited for."""
+        fits = state.sink_k.shape[1] == self.sinks
+        if not fits or state.position.device.type != "cpu":
+            return fits
+        return state.k.shape[1] == min(int(state.position[0]), self.window - 1)
+
     def state_size(self, attention: CachedAttention, seq_len: int) -> int:
         """Keys and values of the sinks and of the window without the token that comes, and two counters."""
         keys = self.sinks + min(seq_len, self.window - 1)
