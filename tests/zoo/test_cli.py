@@ -191,7 +191,7 @@ def test_policies_follow_the_dot(policy: str, words: list[str], set_policy, tmp_
     assert_one_line(here("score", *common, *policies[1:]), "is a setting of no policy", f"{policy}=...")
     assert_one_line(here("generate", common[0], f"{policy}={name[:-1]}", *policies[1:]), "did you mean", name)
     assert_one_line(here("score", *common, *policies, f"{policy}.other=1"), "other")
-    assert_one_line(here("score", *common, *policies, f"{policy}.model=1"), f"{policy}={name}", "model")
+    assert_one_line(here("score", *common, *policies, f"{policy}.model=1"), name, "no setting 'model'")
 
 
 def test_debug_shows_the_traceback() -> None:
