@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.documents import first_tokens
 from zoo.kernels import sparse_attention
 from zoo.kernels.sparse_attention import Pattern, visible_pairs
 from zoo.layers.attention import FARTHEST, Attention, AttentionConfig, Documents, window_pattern
@@ -239,12 +240,8 @@ class Longformer(Attention):
 
     def _remember(self, state: LongformerState, k: Tensor, v: Tensor, begins: Tensor) -> LongformerState:
         length = begins.shape[1]
-        times = begins[:, -1:] + torch.arange(self.n_global, device=k.device)  # (B, P) of the document's first tokens
-        held = k.shape[1] - length - self.n_global
-        source = torch.where(times < 0, torch.arange(self.n_global, device=k.device), times + self.n_global + held)
-        read = (times < length)[..., None, None]
-        source = source.clamp(max=k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:])  # (B, P, G, K)
-        global_k, global_v = (torch.where(read, t.gather(1, source), 0) for t in (k, v))
+        before, new = (state.global_k, state.global_v), (k[:, -length:], v[:, -length:])
+        global_k, global_v = (first_tokens(*pair, begins[:, -1:]) for pair in zip(before, new, strict=True))
         kept = min(k.shape[1] - self.n_global, self.span)
         k, v = (t[:, t.shape[1] - kept :].clone() for t in (k, v))
         return LongformerState(global_k, global_v, k, v, state.position + length, state.position + begins[:, -1])

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.documents import document_ends
 from zoo.kernels.checks import state_dtype
 from zoo.layers.attention import FARTHEST, KVCache
 from zoo.layers.cache import CachedAttention, CachePolicy
@@ -108,9 +109,7 @@ class H2O(CachePolicy):
         length, heads = q.shape[1], k.shape[2]
         times = torch.arange(length, device=q.device)
         places = times - begins  # (B, T)
-        ends = torch.where(begins[:, 1:] != begins[:, :-1], times[1:], length)
-        ends = torch.cat((ends, torch.full_like(begins[:, :1], length)), dim=1).flip(1).cummin(1).values.flip(1)
-        lengths = ends - begins if attention.grows else None  # (B, T)
+        lengths = document_ends(begins) - begins if attention.grows else None  # (B, T)
         q = attention.rotated(q, places, lengths)
         if not attention.grows:
             k = attention.rotated(k, places, lengths)

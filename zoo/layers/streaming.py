@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.documents import first_tokens
 from zoo.kernels import sparse_attention
 from zoo.kernels.sparse_attention import Pattern
 from zoo.layers.attention import FARTHEST, Documents, KVCache, window_pattern
@@ -119,8 +120,8 @@ class Window(CachePolicy):
             y = torch.lerp(y, z, share.to(y.dtype))
         forget = max(0, held + length - (self.window - 1))
         return y, StreamingState(
-            _first_tokens(state.sink_k, k, begins[:, -1:]),
-            _first_tokens(state.sink_v, v, begins[:, -1:]),
+            first_tokens(state.sink_k, k, begins[:, -1:]),
+            first_tokens(state.sink_v, v, begins[:, -1:]),
             kept_k[:, forget:].clone(),
             kept_v[:, forget:].clone(),
             state.position + length,
@@ -141,8 +142,8 @@ class Window(CachePolicy):
         """What queries draw from the sinks that the window has left behind, (B, T, H, K) and lse (B, H, T)."""
         # The sinks of the document that goes on, then those of documents that begin here, where they stand.
         goes_on = begins[:, :1]
-        k = torch.cat((_first_tokens(state.sink_k, k, goes_on), k), dim=1)  # (B, s + T, G, K)
-        v = torch.cat((_first_tokens(state.sink_v, v, goes_on), v), dim=1)
+        k = torch.cat((first_tokens(state.sink_k, k, goes_on), k), dim=1)  # (B, s + T, G, K)
+        v = torch.cat((first_tokens(state.sink_v, v, goes_on), v), dim=1)
         if attention.grows:
             slots = torch.arange(self.sinks, device=q.device).expand(q.shape[0], -1)
             k = attention.rotated(k, torch.cat((slots, places), dim=1), lengths)
@@ -162,22 +163,3 @@ class Streaming(Window):
         super().__post_init__()
         if self.window < self.sinks:
             self.fail("window", f"expected at least sinks={self.sinks}: the cache is smaller than its sinks")
-
-
-def _first_tokens(slots: Tensor, new: Tensor, begins: Tensor) -> Tensor:
-    """The first tokens of a document once T new ones are read.
-
-    Args:
-        slots: (B, s, ...), those that were read before, if it began before.
-        new: (B, T, ...).
-        begins: (B, 1) time at which the document begins.
-
-    Returns:
-        (B, s, ...), zeros for those to come.
-    """
-    size, length = slots.shape[1], new.shape[1]
-    index = torch.arange(size, device=begins.device)
-    times = begins + index  # (B, s)
-    source = torch.where(times < 0, index, times.clamp(max=length - 1) + size)
-    rows = torch.arange(slots.shape[0], device=begins.device)[:, None]
-    return torch.cat((slots, new), dim=1)[rows, source] * (times < length)[..., None, None]
