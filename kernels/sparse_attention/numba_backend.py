@@ -5,7 +5,6 @@ Shape letters: B batch, T queries, S keys, H query heads, G key/value heads, K h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from zoo.kernels.checks import state_dtype
 from zoo.kernels.errors import ZooError
 from zoo.kernels.simd import LANES, LOG2_E
 from zoo.kernels.sparse_attention import numba_adjoint, numba_loops, numba_plan
+from zoo.kernels.sparse_attention.pattern import Pattern
 
 RUNS = 64
 """Tasks of the forward pass: as many as keep several cores busy to the end."""
@@ -52,16 +52,9 @@ def _spread(x: Tensor | int, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
 def _prepare(
     q: Tensor,
     k: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    dilation: Sequence[int] | None,
-    far: Tensor | None,
-    tile: int,
-    far_length: int,
-    far_counts: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
+    pattern: Pattern,
 ) -> _Work:
+    lo, hi, dilation, far, tile, far_length, far_counts, first, last = pattern
     n_batch, n_queries, n_heads, _ = q.shape
     n_keys, n_groups = k.shape[1:3]
     dtype = state_dtype(q)
@@ -85,8 +78,8 @@ def _prepare(
     numba_plan.measure(
         n_rows, n_keys - n_queries, n_keys, table, *spans[:2], span_at[:2], far_, far_sizes, far_at, reach
     )
-    pattern = (spans, span_at, np.array(dilations), far_, far_sizes, far_at, logs.numpy())
-    return _Work(len(table), groups, reach, pattern, table)
+    flat = (spans, span_at, np.array(dilations), far_, far_sizes, far_at, logs.numpy())
+    return _Work(len(table), groups, reach, flat, table)
 
 
 def _pad(x: Tensor) -> Tensor:
@@ -99,21 +92,13 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    dilation: Sequence[int] | None,
-    far: Tensor | None,
-    tile: int,
-    far_length: int,
-    far_counts: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
+    pattern: Pattern,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns `(y, lse)`; see the contract in `op`."""
     n_batch, n_queries, n_heads, n_channels = q.shape
     dtype = state_dtype(q)
-    work = _prepare(q, k, lo, hi, dilation, far, tile, far_length, far_counts, first, last)
+    work = _prepare(q, k, pattern)
     cuts, ranges = np.empty(RUNS + 1, np.int64), np.empty((RUNS, 2), np.int64)
     pairs = numba_plan.cut(work.reach, np.array([0, n_batch * work.n_tiles]), RUNS, cuts, ranges)
     padded = _pad(q)
@@ -141,15 +126,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    dilation: Sequence[int] | None,
-    far: Tensor | None,
-    tile: int,
-    far_length: int,
-    far_counts: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
+    pattern: Pattern,
     scale: float,
     y: Tensor,
     lse: Tensor,
@@ -159,7 +136,7 @@ def backward(
     n_batch, n_queries, n_heads, n_channels = q.shape
     n_keys, n_groups = k.shape[1:3]
     dtype = state_dtype(q)
-    work = _prepare(q, k, lo, hi, dilation, far, tile, far_length, far_counts, first, last)
+    work = _prepare(q, k, pattern)
     # From the sizes alone, not from the number of threads, so that the result does not depend on it either.
     n_lists = n_batch * n_groups
     n_parts = max(1, min(-(-PARTS // n_lists), work.n_tiles // n_groups // PART_TILES))

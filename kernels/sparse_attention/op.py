@@ -19,7 +19,7 @@ cuda_backend is another matter: `attend(q, k, v, pattern, scale) -> y` stands in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ backends.register(
 )
 
 
+def _pattern(lo: Tensor, hi: Tensor, dilation: Sequence[int] | None, *others: Any) -> Pattern:
+    """The pattern again, of the parts that an operator of torch can take."""
+    return Pattern(lo, hi, None if dilation is None else tuple(dilation), *others)
+
+
 @torch.library.custom_op("zoo::sparse_attention_forward", mutates_args=())
 def _forward(
     q: Tensor,
@@ -72,9 +77,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     # here and not in the public function, because torch.compile cannot trace a look at values
     _check_values(k.shape[1], lo, hi, far, far_counts)
-    return backends.load("sparse_attention", backend).forward(
-        q, k, v, lo, hi, dilation, far, tile, far_length, far_counts, first, last, scale
-    )
+    pattern = _pattern(lo, hi, dilation, far, tile, far_length, far_counts, first, last)
+    return backends.load("sparse_attention", backend).forward(q, k, v, pattern, scale)
 
 
 @_forward.register_fake
@@ -103,9 +107,8 @@ def _backward(
     dy: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = backends.load("sparse_attention", backend).backward(
-        q, k, v, lo, hi, dilation, far, tile, far_length, far_counts, first, last, scale, y, lse, dy
-    )
+    pattern = _pattern(lo, hi, dilation, far, tile, far_length, far_counts, first, last)
+    gradients = backends.load("sparse_attention", backend).backward(q, k, v, pattern, scale, y, lse, dy)
     return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, (q, k, v), strict=True))
 
 

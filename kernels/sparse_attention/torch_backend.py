@@ -15,7 +15,7 @@ query heads of a unit, Q queries per block, X blocks per row, I blocks in a chun
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -320,21 +320,11 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    dilation: Sequence[int] | None,
-    far: Tensor | None,
-    tile: int,
-    far_length: int,
-    far_counts: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
+    pattern: Pattern,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns `(y, lse)`; see the contract in `op`."""
     dtype = state_dtype(q)
-    dilations = None if dilation is None else tuple(dilation)
-    pattern = Pattern(lo, hi, dilations, far, tile, far_length, far_counts, first, last)
     y = q.new_empty(q.shape)
     lse = q.new_empty((*q.shape[:3], 1), dtype=dtype)
     for part in _parts(pattern, q.shape[2], k.shape[2], k.shape[1]):
@@ -351,15 +341,7 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    dilation: Sequence[int] | None,
-    far: Tensor | None,
-    tile: int,
-    far_length: int,
-    far_counts: Tensor | None,
-    first: Tensor | None,
-    last: Tensor | None,
+    pattern: Pattern,
     scale: float,
     y: Tensor,
     lse: Tensor,
@@ -367,8 +349,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; see the contract in `op`."""
     dtype = state_dtype(q)
-    dilations = None if dilation is None else tuple(dilation)
-    pattern = Pattern(lo, hi, dilations, far, tile, far_length, far_counts, first, last)
     delta = (y.to(dtype) * dy.to(dtype)).sum(-1, keepdim=True)
     lse = (lse * LOG2_E).masked_fill(lse == -torch.inf, 0.0).transpose(1, 2)[..., None]  # (B, T, H, 1)
     dq = q.new_empty(q.shape, dtype=dtype)
