@@ -191,19 +191,19 @@ def with_init(words: Sequence[str]) -> list[str]:
             raise ConfigError(f"{word} does not fit init={inits[-1]}, which is a {name}: leave arch out")
     kept = {f.name: f for f in dataclasses.fields(architecture(name).config)}
     changed = {key: value for key, value in settings.items() if value != _default(kept[key])}
-    return [f"arch={name}", *(f"arch.{key}={_as_override(value)}" for key, value in changed.items()), *words]
+    return [f"arch={name}", *(f"arch.{key}={as_override(value)}" for key, value in changed.items()), *words]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _as_override(value: Any) -> str:
-    """A plain value in Hydra's grammar."""
+def as_override(value: Any) -> str:
+    """A plain value in Hydra's grammar, as `key=value` words have it."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_as_override(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{as_override(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_as_override, value)) + "]"
+        return "[" + ",".join(map(as_override, value)) + "]"
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)

@@ -130,6 +130,19 @@ OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (Objective
 MASK_RATE = 0.15
 
 
+def make_objective(name: str, vocab_size: int, *, mask_rate: float | None = None, seed: int = 0) -> Objective:
+    """The objective of that name.
+
+    Args:
+        name: A key of `OBJECTIVES`.
+        vocab_size: V of the data.
+        mask_rate: Share of the tokens that "masked" hides; `MASK_RATE` unless said.
+        seed: Of the training batches.
+    """
+    kind = OBJECTIVES[name]
+    return Masked(mask_rate or MASK_RATE, vocab_size, seed) if kind is Masked else kind()
+
+
 def _documents(segment_ids: Tensor) -> Tensor:
     """A number below B*L for each token, (B, L), equal for those of one document alone."""
     batch, length = segment_ids.shape

@@ -33,7 +33,7 @@ from zoo.train.errors import Interrupted, NonFiniteError, RunError, foreseen
 from zoo.train.folder import RunFolder, claim, default_name, find
 from zoo.train.logs import MetricsFile, RunLog
 from zoo.train.module import SequenceModule
-from zoo.train.objectives import MASK_RATE, OBJECTIVES, Masked, Objective
+from zoo.train.objectives import MASK_RATE, OBJECTIVES, Masked, Objective, make_objective
 from zoo.train.report import is_finished, print_table, summarise
 
 
@@ -72,7 +72,9 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
             config.optim,
             max_steps=_decided(config.trainer.max_steps),
             seed=config.seed,
-            objective=_objective(config, data.source),
+            objective=make_objective(
+                config.objective, data.source.vocab_size, mask_rate=config.mask_rate, seed=config.seed
+            ),
             slice_values=data.source.slice_values,
             bytes_per_label=_bytes_per_label(data.source) if config.objective == "causal" else None,
         )
@@ -285,14 +287,6 @@ def _precision(name: str, device: torch.device) -> Precision:
         return Precision()
     # Handed over ready-made, because Lightning turns fp16 on a CPU into bf16 behind the user's back.
     return MixedPrecision("16-mixed" if name == "fp16-mixed" else "bf16-mixed", device.type)
-
-
-def _objective(config: TrainConfig, source: Source[Any]) -> Objective:
-    kind = OBJECTIVES[config.objective]
-    if kind is Masked:
-        assert config.mask_rate is not None
-        return Masked(config.mask_rate, source.vocab_size, config.seed)
-    return kind()
 
 
 def _bytes_per_label(source: Source[Any]) -> dict[str, float]:
