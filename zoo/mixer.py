@@ -43,7 +43,11 @@ class Mixer(nn.Module):
 
     shares = False
     """Whether `forward` takes a fourth argument, `shared`: a dict that lives for one call of the model, in which a
-    layer leaves values of the same tokens for the layers above it (RWKV-7: the values of its first layer)."""
+    layer leaves values of the same tokens for the layers above it (RWKV-7: the values of its first layer).
+
+    Two entries of it are what leaves the model, and are there only if somebody asks:
+    `shared["losses"]`, where gradients are recorded: auxiliary losses; add one with `add_loss`.
+    `shared["diagnostics"]`, under `Model.diagnose`: what the mixer wants to show, tensors by "name/<layer>"."""
 
     both_ways = False
     """Whether the mixer itself looks both ways where `config.causal` is false, or mixes nothing along time. The shell
@@ -95,6 +99,12 @@ class Mixer(nn.Module):
     def state_size(self, seq_len: int) -> int:
         """Elements of the state of one sequence after `seq_len` tokens; independent of it where memory is constant."""
         return 0
+
+
+def add_loss(shared: dict[str, Any], name: str, value: Tensor) -> None:
+    """Adds a scalar to the auxiliary loss of that name, which is the sum over the layers."""
+    losses = shared["losses"]
+    losses[name] = losses[name] + value if name in losses else value
 
 
 def _rows_like(rows: Tensor, other: Tensor) -> Tensor:

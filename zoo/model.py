@@ -39,7 +39,7 @@ class ModelOutput(NamedTuple):
     state: ModelState | None
     """The next state where one went in, else None."""
     losses: dict[str, Tensor]
-    """Auxiliary losses by name; the training module adds them to its loss."""
+    """Auxiliary losses by name, where gradients are recorded; the training module adds them to its loss."""
 
 
 class Block(nn.Module):
@@ -116,8 +116,10 @@ class Model(nn.Module):
                 more tokens than learned positions; the architecture knows no global tokens.
             ConfigError: There is a state, and the model looks both ways.
         """
-        x, next_state = self.read(tokens, state, segment_ids, global_tokens)
-        return ModelOutput(self.predict(x), next_state, {})
+        losses: dict[str, Tensor] = {}
+        wanted = {"losses": losses} if torch.is_grad_enabled() else {}
+        x, next_state = self._run(tokens, state, segment_ids, global_tokens, wanted)
+        return ModelOutput(self.predict(x), next_state, losses)
 
     def read(
         self,
@@ -128,8 +130,33 @@ class Model(nn.Module):
     ) -> tuple[Tensor, ModelState | None]:
         """What `forward` computes before the head, (B, T, D), and the next state; arguments and errors are the same.
 
-        For callers that want few of the logits, or not all of them at once: see `predict`.
+        For callers that want few of the logits, or not all of them at once: see `predict`. Auxiliary losses are
+        not made.
         """
+        return self._run(tokens, state, segment_ids, global_tokens, {})
+
+    @torch.no_grad()
+    def diagnose(
+        self, tokens: Tensor, *, segment_ids: Tensor | None = None, state: ModelState | None = None
+    ) -> dict[str, Tensor]:
+        """What the layers show of themselves while they read; arguments and errors as in `forward`.
+
+        Returns:
+            Tensors by "name/<layer>", which the architecture's mixer describes; nothing where it has nothing to show.
+        """
+        diagnostics: dict[str, Tensor] = {}
+        self._run(tokens, state, segment_ids, None, {"diagnostics": diagnostics})
+        return diagnostics
+
+    def _run(
+        self,
+        tokens: Tensor,
+        state: ModelState | None,
+        segment_ids: Tensor | None,
+        global_tokens: Tensor | None,
+        shared: dict[str, Any],
+    ) -> tuple[Tensor, ModelState | None]:
+        """See `read`; `shared` is what the layers share from the start, see `Mixer.shares`."""
         if not torch.compiler.is_compiling():
             self._check(tokens, state, segment_ids, global_tokens)
         if state is not None and segment_ids is not None:
@@ -140,7 +167,8 @@ class Model(nn.Module):
             self._check_positions(positions)
             x = x + self.positions(positions)
         x = self.embedding_norm(x)
-        shared: dict[str, Any] = {} if global_tokens is None else {"global_tokens": global_tokens}
+        if global_tokens is not None:
+            shared["global_tokens"] = global_tokens
         next_layers = []
         for i, block in enumerate(self.blocks):
             x, next_states = block(x, None if state is None else state.layers[i], segment_ids, shared)

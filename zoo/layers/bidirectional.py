@@ -44,9 +44,16 @@ class Bidirectional(Mixer):
             reversed_ids = segment_ids[:, -1:] - segment_ids.flip(1)
         more: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
         if shared is not None:  # what layers leave for each other is in the order of time that they read in
-            more = (shared,), (shared.setdefault("reversed", {}),)
+            if "reversed" not in shared:  # but losses add up
+                shared["reversed"] = {"losses": shared["losses"]} if "losses" in shared else {}
+            if "diagnostics" in shared:
+                shared["reversed"]["diagnostics"] = {}
+            more = (shared,), (shared["reversed"],)
         y, _ = self.onward(x, None, segment_ids, *more[0])
         z, _ = self.backward(x.flip(1), None, reversed_ids, *more[1])
+        if shared is not None and "diagnostics" in shared:
+            shown = shared["reversed"]["diagnostics"].items()
+            shared["diagnostics"] |= {f"reversed/{name}": value for name, value in shown}
         return y + z.flip(1), None
 
     def flops(self, seq_len: int) -> int:
