@@ -1,0 +1,144 @@
+"""The command `zoo eval`: a model on one dataset, or on a suite of them; a table, and a file if asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Column, Table
+
+from zoo.command import ModelSettings, load_model, parse_command, print_help
+from zoo.eval.evaluate import CHUNK, evaluate
+from zoo.eval.history import History, history
+from zoo.eval.measure import machine_info
+from zoo.eval.suites import SUITES, Entry, Outcome, data_config, run_entry
+from zoo.kernels.errors import ConfigError, DataError
+from zoo.model import Model
+from zoo.settings import setting
+from zoo.train.data import DataModule
+from zoo.train.objectives import OBJECTIVES, make_objective
+
+OWNER = "zoo eval"
+
+
+@dataclass(kw_only=True)
+class EvalConfig(ModelSettings):
+    """What to evaluate, and on what."""
+
+    data: str | None = setting(None, "dataset; its settings after a dot, data.seq_len=64; null: that of its training")
+    suite: str | None = setting(None, f"or a suite of tasks: {', '.join(SUITES)}")
+    split: str = setting("test", "which examples", choices=("test", "validation"))
+    objective: str | None = setting(None, "what its labels are; null: as in its training", choices=list(OBJECTIVES))
+    batches: int | None = setting(None, "only the first so many batches; null: all", minimum=1)
+    chunk: int = setting(CHUNK, "tokens that a causal model reads at once, its state carried on", minimum=1)
+    out: str | None = setting(None, "file for the results, .json")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is not None and self.suite is not None:
+            raise ConfigError("zoo eval takes one of the two: data=NAME or suite=NAME")
+        if self.suite is not None and self.suite not in SUITES:
+            self.fail("suite", f"expected {' or '.join(SUITES)}")
+        if self.out is not None and not Path(self.out).absolute().parent.is_dir():
+            self.fail("out", "there is no such folder: make it first")
+
+
+def main() -> None:
+    """Prints the metrics of one model."""
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print_help(EvalConfig, "zoo eval model=runs/mamba-mqar data=mqar")
+        print("\ndata.KEY=VALUE sets the dataset, as in `zoo train`; without data= it is the one of the training.")
+        return
+    data_words = [word for word in arguments if word.startswith("data.")]
+    config, policies = parse_command(EvalConfig, [word for word in arguments if word not in data_words], OWNER)
+    model, codec = load_model(config, policies)
+    past = history(config.model)
+    console = Console()
+    if config.suite is not None:
+        if data_words:
+            raise ConfigError(f"{data_words[0]} sets one dataset, and suite={config.suite} has several: give data=")
+        outcomes = [run_entry(entry, model, past, codec, config.chunk) for entry in _shown(SUITES[config.suite])]
+    else:
+        outcomes = [_one(config, data_words, model, past)]
+    for outcome in sorted(outcomes, key=lambda outcome: bool(outcome.reason)):
+        if outcome.reason:
+            console.print(f"{outcome.name}: not evaluated, {outcome.reason}", soft_wrap=True, highlight=False)
+        else:
+            _print(console, outcome)
+    if config.out is not None:
+        _write(Path(config.out), config, outcomes)
+
+
+def _one(config: EvalConfig, words: list[str], model: Model, past: History | None) -> Outcome:
+    """The model on one dataset."""
+    name = config.data or (past.data if past else None)
+    if name is None:
+        raise ConfigError(f"model={config.model} does not tell what it was trained on: say data=NAME")
+    known = past is not None and past.data == name
+    module = DataModule(data_config(name, past.settings if past and known else {}, tuple(words)), seed=0)
+    module.prepare_data()
+    objective = config.objective or (past.objective if past and known else "causal")
+    mask_rate = past.mask_rate if past and known else None
+    metrics = evaluate(
+        model,
+        module,
+        split=config.split,
+        objective=make_objective(objective, module.source.vocab_size, mask_rate=mask_rate),
+        chunk=config.chunk,
+        batches=config.batches,
+        progress=lambda batches: _tracked(batches, name),
+    )
+    if not metrics:
+        raise DataError(f"data={name}: the {config.split} split has no labels")
+    levels = {} if objective == "masked" else module.source.levels
+    return Outcome(name, metrics, levels, note="" if known else "other data than in its training")
+
+
+def _tracked(items: Iterable[Any], what: str) -> Iterable[Any]:
+    console = Console(stderr=True)
+    return track(items, what, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _shown(entries: list[Entry]) -> Iterable[Entry]:
+    return _tracked(entries, "suite")
+
+
+def _print(console: Console, outcome: Outcome) -> None:
+    """A table of one dataset: all of it, then each slice that has several values."""
+    note = f" ({outcome.note})" if outcome.note else ""
+    console.print(f"[bold]{outcome.name}[/]{note}", highlight=False, soft_wrap=True)
+    rows: dict[str, dict[str, float]] = {}
+    for key, value in outcome.metrics.items():
+        kind, _, suffix = key.partition("/")
+        rows.setdefault(suffix, {})[kind] = value
+    sizes = Counter(suffix.partition("=")[0] for suffix in rows)
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    table = Table("", *(Column(kind.replace("_", " "), justify="right") for kind in kinds))
+    for suffix, row in rows.items():
+        if not suffix or sizes[suffix.partition("=")[0]] > 1:
+            table.add_row(suffix or "all", *(f"{row[kind]:.4f}" if kind in row else "" for kind in kinds))
+    console.print(table)
+    if outcome.levels:
+        levels = ", ".join(f"{level} {value:.4g}" for level, value in outcome.levels.items())
+        console.print(f"for comparison: {levels}", highlight=False)
+
+
+def _write(path: Path, config: EvalConfig, outcomes: list[Outcome]) -> None:
+    told = {
+        "model": config.model,
+        "split": config.split,
+        "results": [outcome.to_dict() for outcome in outcomes],
+        "machine": machine_info(),
+    }
+    try:
+        path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"out={path}: cannot be written ({error.strerror})") from error
