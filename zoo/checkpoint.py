@@ -25,6 +25,8 @@ from zoo.pretrained.weights import SHARD_BYTES, Weights, write_text
 __all__ = ["load_pretrained", "model_folder", "model_settings", "read_description", "save_pretrained"]
 
 FORMATS = ("zoo", "transformers")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in convert.FLOATS}
+"""Types that a model is loaded in, by the names that config.json has for them."""
 
 
 def save_pretrained(
@@ -34,6 +36,7 @@ def save_pretrained(
     format: str = "zoo",
     tokenizer: dict[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    stored_dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a model so that `load_pretrained` gives back the same one.
 
@@ -44,6 +47,8 @@ def save_pretrained(
             where it has the architecture.
         tokenizer: How text becomes tokens, as the data describe it; kept for `generate`.
         max_shard_bytes: Of the transformers format: larger weights are split into files of this size.
+        stored_dtype: Of the zoo format: a smaller type, such as bf16, to which the weights are rounded in the file;
+            they are loaded in the type that they have here.
 
     Raises:
         ConfigError: No such format, or it has no word for the model or one of its settings.
@@ -52,6 +57,8 @@ def save_pretrained(
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not known: expected {' or '.join(FORMATS)}")
     if format == "transformers":
+        if stored_dtype is not None:
+            raise ConfigError('stored_dtype has no word in transformers: convert the model, or save with format="zoo"')
         _save_published(model, folder, tokenizer, max_shard_bytes)
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,8 +68,10 @@ def save_pretrained(
         "tokenizer": tokenizer,
         "zoo_version": __version__,
     }
+    if stored_dtype is not None:
+        description["dtype"] = _dtype_name(model)
     # Each file is complete or absent, also when the process is killed while it writes.
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().to(stored_dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
@@ -75,12 +84,15 @@ def _save_published(model: Model, folder: Path, tokenizer: dict[str, Any] | None
     folder.mkdir(parents=True, exist_ok=True)
     planned = dict(convert.export({name: tensor.to("meta") for name, tensor in tensors.items()}, table))
     weights.write(folder, planned, convert.export(tensors, table), max_shard_bytes)
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    write_text(folder / CONFIG, json.dumps(settings | {"dtype": dtype}, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(settings | {"dtype": _dtype_name(model)}, indent=2) + "\n")
     if tokenizer is not None and tokenizer.get("kind") == "tokenizers":
         write_text(folder / "tokenizer.json", tokenizer["json"])
         fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
         write_text(folder / "tokenizer_config.json", json.dumps(fast, indent=2) + "\n")
+
+
+def _dtype_name(model: Model) -> str:
+    return str(model.embedding.weight.dtype).removeprefix("torch.")
 
 
 def load_pretrained(
@@ -99,11 +111,11 @@ def load_pretrained(
 
     Args:
         name: The folder of a model or of the run that trained it; a folder as published, or a .pth file of RWKV; a name
-            that `zoo.list_models(pretrained=True)` lists; or an id on the Hugging Face hub (with a third part, a file
+            that `zoo.list_models(pretrained=True)` lists, in the package or on the hub; or an id on the Hugging Face hub (with a third part, a file
             in that repository: "BlinkDL/rwkv-7-world/RWKV-x070-World-0.1B-v2.8.pth").
         revision: Branch, tag or commit on the hub.
         device: Where to put the model; the CPU unless said.
-        dtype: Type of the weights; as saved unless said.
+        dtype: Type of the weights; that of the model that was saved unless said.
         rope_scaling: For longer contexts, such as {"type": "yarn", "factor": 8}; see `zoo.set_rope_scaling`.
         cache: What attention keeps of a long context, such as {"type": "window", "window": 1024}; see `zoo.set_cache`.
 
@@ -123,7 +135,7 @@ def load_pretrained(
         renames=family.renames if family else (),
         inert=family.inert if family else (),
         device=device,
-        dtype=dtype,
+        dtype=dtype or found.dtype,
     )
     for policy, values in ((set_rope_scaling, rope_scaling), (set_cache, cache)):
         if values is not None:
@@ -151,6 +163,8 @@ class _Found(NamedTuple):
     table: convert.Table
     family: Family | None
     """None: one of ours."""
+    dtype: torch.dtype | None
+    """To load it in; None: as it is in the files."""
 
 
 def _open(name: str | os.PathLike[str], revision: str | None) -> _Found:
@@ -167,14 +181,15 @@ def _open(name: str | os.PathLike[str], revision: str | None) -> _Found:
     description = read_description(place)
     model = _build(description["architecture"], description["config"], place / CONFIG)
     found = Weights([place / WEIGHTS], place / WEIGHTS, f"its {CONFIG} ({description['architecture']})")
-    return _Found(model, found, convert.identity(model), None)
+    dtype = DTYPES.get(description.get("dtype", ""))
+    return _Found(model, found, convert.identity(model), None, dtype)
 
 
 def _published(family: Family, theirs: Published, found: Weights) -> _Found:
     try:
         settings = family.read(theirs)
         model = _build(family.architecture, settings, theirs.where)
-        return _Found(model, found, family.table(model.config, theirs), family)
+        return _Found(model, found, family.table(model.config, theirs), family, None)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise CheckpointError(
             f"{theirs.where} is damaged: {type(error).__name__} ({error}) when read as {family.name}; copy it again"
@@ -211,4 +226,8 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"{folder / CONFIG} was not written by the zoo, or changed since: {key} is missing or of the wrong "
                 f"kind; copy or train the model again"
             )
+    if description.get("dtype", "float32") not in DTYPES:
+        raise CheckpointError(
+            f"{folder / CONFIG} has dtype={description['dtype']!r}: expected one of {', '.join(DTYPES)}; copy it again"
+        )
     return description

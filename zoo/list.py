@@ -7,7 +7,6 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from zoo.checkpoint import load_pretrained
 from zoo.console import run_cli
 from zoo.kernels.errors import ConfigError
 from zoo.model import create_model
@@ -64,22 +63,15 @@ def main() -> None:
 
 def _print_variants(names: list[str]) -> None:
     """A row for each variant that `zoo.load_pretrained` knows by name."""
-    table = Table(title="zoo.load_pretrained(name): public variants on the hub, and those in the package.")
+    table = Table(title="zoo.load_pretrained(name): those bundled with the package, and public ones on the hub.")
     table.title_justify = "left"
     for heading, where in (("name", "left"), ("architecture", "left"), ("parameters", "right"), ("context", "right")):
         table.add_column(heading, justify=where, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("licence", no_wrap=True)
     table.add_column("from", overflow="fold")
-    known = variants()
-    for name in names:
-        row = known.get(name)
-        if row is None:
-            model = load_pretrained(name)
-            size = f"{sum(p.numel() for p in model.parameters()):,}"
-            table.add_row(name, model.architecture, size, "", "", "in the package")
-        else:
-            size, context = f"{row.parameters:,}", f"{row.context:,}"
-            table.add_row(name, row.family, size, context, row.licence, row.hub_id)
+    for row in (variants()[name] for name in names):
+        size, context = f"{row.parameters:,}", f"{row.context:,}"
+        table.add_row(row.name, row.family, size, context, row.licence, row.hub_id or "bundled")
     Console().print(table)
 
 

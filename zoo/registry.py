@@ -96,12 +96,11 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
 
     Args:
         pattern: The pattern.
-        pretrained: Lists what `load_pretrained` loads by name instead: public variants, and those in the package.
+        pretrained: Lists what `load_pretrained` loads by name instead: the variants in the package, then public ones.
     """
     if pretrained:
-        from zoo.pretrained.sources import bundled
         from zoo.pretrained.variants import variants
 
-        return sorted(fnmatch.filter({*variants(), *bundled()}, pattern))
+        return fnmatch.filter(variants(), pattern)
     _discover()
     return sorted(fnmatch.filter(_REGISTRY, pattern))

@@ -8,13 +8,10 @@ from pathlib import Path
 
 from zoo.codec import ask_hub
 from zoo.kernels.errors import CheckpointError, did_you_mean
-from zoo.pretrained.variants import variants
+from zoo.pretrained.variants import BUNDLED, variants
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-
-BUNDLED = Path(__file__).parent / "bundled"
-"""One folder per variant that comes with the package."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)*")
 
@@ -40,23 +37,17 @@ def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     if path.is_dir():
         return _in_folder(path)
     text = str(name)
-    if "/" not in text and (BUNDLED / text / CONFIG).is_file():
-        return BUNDLED / text
     known = variants()
     if text in known:
-        text = known[text].hub_id
+        hub_id = known[text].hub_id
+        if hub_id is None:
+            return BUNDLED / text
+        text = hub_id
     if _HUB_ID.fullmatch(text) and ".." not in text:
         return from_hub(text, revision, SAFE, PICKLES)
     if os.sep in str(name):
         return model_folder(path)  # which says that it is not there
-    raise CheckpointError(
-        f"no folder {str(name)!r}, and no variant of that name: {did_you_mean(str(name), [*known, *bundled()])}"
-    )
-
-
-def bundled() -> list[str]:
-    """Names of the variants that come with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
+    raise CheckpointError(f"no folder {str(name)!r}, and no variant of that name: {did_you_mean(str(name), known)}")
 
 
 def _in_folder(folder: Path) -> Path:
