@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zoo.kernels.errors import ZooError
+from zoo.eval.child import Child
 from zoo.memory import PeakMemory, synchronize
 from zoo.train.environment import describe_device, git_commit, versions
 
@@ -82,34 +80,15 @@ def peak_memory_bytes(prepare: Callable[..., Callable[[], Any]], *args: Any, dev
     Returns:
         Peak during the call minus what was held just before it, in bytes.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure_memory, args=(sender, torch.get_num_threads(), device, prepare, args))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        child.join()
-        raise ZooError(
-            f"peak_memory_bytes: the measuring process ended with exit code {child.exitcode}: its message stands above"
-        ) from None
-    finally:
-        child.join()
+    with Child() as child:
+        return child.call(_measure_memory, device, prepare, args)
 
 
-def _measure_memory(
-    sender: Connection,
-    threads: int,
-    device: torch.device,
-    prepare: Callable[..., Callable[[], Any]],
-    args: tuple[Any, ...],
-) -> None:
-    torch.set_num_threads(threads)
+def _measure_memory(device: torch.device, prepare: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> int:
     function = prepare(*args)
     memory = PeakMemory(device)
     memory.reset()
     before = memory.bytes()
     function()
     synchronize(device)
-    sender.send(memory.bytes() - before)
+    return memory.bytes() - before

@@ -194,6 +194,11 @@ def used() -> dict[str, str]:
     return {operator: "+".join(names) for operator, names in _used.items()}
 
 
+def forget() -> None:
+    """Begins anew what `used` returns."""
+    _used.clear()
+
+
 def describe(device_type: str) -> list[tuple[str, str, list[tuple[str, str | None]]]]:
     """For each operator: its name, the backend that `auto` takes on this device, and (backend, reason why not)."""
     rows = []

@@ -64,6 +64,20 @@ def parse_command(settings: type[S], arguments: Sequence[str], owner: str) -> tu
     return config, policies
 
 
+def usable_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ConfigError: There is none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device={name!r} cannot be used here: pass device=cpu") from error
+    return device
+
+
 def load_model(config: ModelSettings, policies: PolicySettings) -> tuple[Model, Codec | None]:
     """The model, its policies set, and how text becomes its tokens (None where it was not trained on text).
 
@@ -71,11 +85,7 @@ def load_model(config: ModelSettings, policies: PolicySettings) -> tuple[Model, 
         ConfigError: The device cannot be used, or a policy does not fit the model.
         CheckpointError: There is no model, or a damaged one.
     """
-    try:
-        device = torch.device(config.device)
-        torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={config.device!r} cannot be used here: pass device=cpu") from error
+    device = usable_device(config.device)
     codec = find_tokenizer(config.model)
     model = load_pretrained(config.model, device=device)
     for policy, set_policy in POLICIES.items():

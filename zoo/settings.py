@@ -170,10 +170,12 @@ def parse_overrides(settings: type[S], arguments: Sequence[str], owner: str) -> 
 
 
 def parse_value(text: str) -> Any:
-    """A value as the command line writes it: JSON, or else a text."""
+    """A value as the command line writes it: JSON, a list whose texts need no quotes ([mamba,transformer]), or a text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
+        if text.startswith("[") and text.endswith("]"):
+            return [parse_value(item.strip()) for item in text[1:-1].split(",")]
         return text
 
 
