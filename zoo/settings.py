@@ -170,7 +170,7 @@ def parse_overrides(settings: type[S], arguments: Sequence[str], owner: str) -> 
 
 
 def parse_value(text: str) -> Any:
-    """A value as the command line writes it: JSON, a list whose texts need no quotes ([mamba,transformer]), or a text."""
+    """A value as the command line writes it: JSON, a list whose texts need no quotes ([mamba,rwkv7]), or a text."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
