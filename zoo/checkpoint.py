@@ -111,7 +111,7 @@ def load_pretrained(
 
     Args:
         name: The folder of a model or of the run that trained it; a folder as published, or a .pth file of RWKV; a name
-            that `zoo.list_models(pretrained=True)` lists, in the package or on the hub; or an id on the Hugging Face hub (with a third part, a file
+            that `zoo.list_models(pretrained=True)` lists; or an id on the Hugging Face hub (with a third part, a file
             in that repository: "BlinkDL/rwkv-7-world/RWKV-x070-World-0.1B-v2.8.pth").
         revision: Branch, tag or commit on the hub.
         device: Where to put the model; the CPU unless said.
@@ -226,7 +226,7 @@ def read_description(folder: Path) -> dict[str, Any]:
                 f"{folder / CONFIG} was not written by the zoo, or changed since: {key} is missing or of the wrong "
                 f"kind; copy or train the model again"
             )
-    if description.get("dtype", "float32") not in DTYPES:
+    if description.get("dtype", "float32") not in list(DTYPES):  # which compares with anything
         raise CheckpointError(
             f"{folder / CONFIG} has dtype={description['dtype']!r}: expected one of {', '.join(DTYPES)}; copy it again"
         )

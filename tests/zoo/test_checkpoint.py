@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo.kernels.errors import CheckpointError
+from zoo.kernels.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
@@ -30,6 +30,19 @@ def test_dtype_and_run_folder(folder, tmp_path_factory) -> None:
     assert not zoo.load_pretrained(run).training
 
 
+def test_stored_in_a_smaller_type(folder) -> None:
+    exact = zoo.load_pretrained(folder)
+    size = (folder / "model.safetensors").stat().st_size
+    zoo.save_pretrained(exact, folder, stored_dtype=torch.bfloat16)
+    assert (folder / "model.safetensors").stat().st_size < 0.7 * size
+    rounded = zoo.load_pretrained(folder)
+    for name, weights in exact.state_dict().items():
+        assert torch.equal(rounded.state_dict()[name], weights.bfloat16().float())
+    assert zoo.load_pretrained(folder, dtype=torch.float16).norm.weight.dtype == torch.float16
+    with pytest.raises(ConfigError, match="stored_dtype has no word in transformers"):
+        zoo.save_pretrained(exact, folder, format="transformers", stored_dtype=torch.bfloat16)
+
+
 def describe(folder, **changes) -> None:
     description = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(description | changes))
@@ -44,6 +57,8 @@ def describe(folder, **changes) -> None:
         (lambda f: describe(f, tokenizer=5), "config.json was not written by the zoo, or changed since: tokenizer is"),
         (lambda f: describe(f, architecture=["mamba"]), "architecture is missing or of the wrong kind"),
         (lambda f: describe(f, architecture="transformer"), "config.json describes no model (architecture 'transfo"),
+        (lambda f: describe(f, dtype="int8"), "has dtype='int8': expected one of float16, bfloat16, float32, float64"),
+        (lambda f: describe(f, dtype=["float32"]), "has dtype=['float32']: expected one of"),
         (lambda f: (f / "model.safetensors").unlink(), "cannot be read"),
         (
             lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:99]),

@@ -128,6 +128,10 @@ FACTS = {
 """What of a summary stands in a card."""
 
 
+def _told(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def model_card(repo_id: str, architecture: str, summary: Mapping[str, Any] | None, licence: str | None) -> str:
     """The text of a model card.
 
@@ -146,7 +150,7 @@ def model_card(repo_id: str, architecture: str, summary: Mapping[str, Any] | Non
     if summary is None:
         return "\n".join(lines) + "\n"
     lines += ["", "## Training", "", "| | |", "|---|---|"]
-    lines += [f"| {text} | {summary[key]} |" for key, text in FACTS.items() if summary.get(key) is not None]
+    lines += [f"| {text} | {_told(summary[key])} |" for key, text in FACTS.items() if summary.get(key) is not None]
     if summary.get("command"):
         lines += ["", "```console", str(summary["command"]), "```"]
     figures = [

@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-
 BUNDLED = Path(__file__).parent / "bundled"
 """One folder per variant that comes with the package."""
 RECORD = "training.json"
