@@ -166,10 +166,6 @@ def test_the_table_of_variants() -> None:
     assert {row.family for row in variants().values()} <= set(zoo.list_models())
     public = [row.hub_id for row in variants().values() if row.hub_id is not None]
     assert len(set(public)) == len(public)
-    small = variants()["mamba-130m"]
-    with torch.device("meta"):
-        model = zoo.create_model("mamba", vocab_size=50280, d_model=768, n_layers=24)
-    assert small.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_the_table_on_the_command_line() -> None:
