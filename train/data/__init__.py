@@ -14,6 +14,7 @@ from zoo.train.data.base import (
 )
 from zoo.train.data.listops import ListOps, ListOpsConfig
 from zoo.train.data.mqar import MQAR, MQARConfig
+from zoo.train.data.needle import Needle, NeedleConfig, Passkey, PasskeyConfig
 from zoo.train.data.pystdlib import PyStdlib, PyStdlibConfig
 from zoo.train.data.state_tracking import Parity, ParityConfig, Word, WordConfig
 from zoo.train.data.stream import IGNORE, Batch, BatchHash, BatchStream, EvalBatches
@@ -35,10 +36,14 @@ __all__ = [
     "ListOps",
     "ListOpsConfig",
     "MQARConfig",
+    "Needle",
+    "NeedleConfig",
     "PackedText",
     "PackedTextConfig",
     "Parity",
     "ParityConfig",
+    "Passkey",
+    "PasskeyConfig",
     "PyStdlib",
     "PyStdlibConfig",
     "Source",
