@@ -60,6 +60,20 @@ LLAMAS = {
             ),
         ),
     ),
+    "longrope": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **ATTENTION | {"max_position_embeddings": 256},
+            # Generation stays below it: beyond, transformers keeps the keys that it rotated by the short factors.
+            **rope(
+                "longrope",
+                factor=4.0,
+                short_factor=[1.0, 1.1, 1.2, 1.3],
+                long_factor=[2.0, 3.0, 4.0, 5.0],
+                original_max_position_embeddings=64,
+            ),
+        ),
+    ),
     "mistral": (MistralForCausalLM, MistralConfig(**ATTENTION | {"num_key_value_heads": 2}, sliding_window=9)),
     "mistral without a window": (MistralForCausalLM, MistralConfig(**ATTENTION, sliding_window=None)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**ATTENTION | {"num_key_value_heads": 2})),
@@ -127,6 +141,19 @@ def test_there_and_back(kind, config, tmp_path) -> None:
     assert_equal_weights(again, ours)
     zoo.save_pretrained(ours, tmp_path / "own")
     assert_equal_weights(zoo.load_pretrained(tmp_path / "own"), ours)
+
+
+@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_scaled_positions_as_older_files_have_them(name, key, tmp_path) -> None:
+    theirs = make(*LLAMAS[name])
+    theirs.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    rope = settings.pop("rope_parameters")
+    settings["rope_theta"] = rope.pop("rope_theta")
+    settings["rope_scaling"] = {key: rope.pop("rope_type"), **rope}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert_same_function(zoo.load_pretrained(tmp_path), theirs, time=100, generate=False)  # longer than the original
 
 
 MADE_HERE = {

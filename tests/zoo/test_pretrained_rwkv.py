@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import RwkvConfig, RwkvForCausalLM
 
 import zoo
@@ -100,11 +101,39 @@ def test_the_last_norm_has_one_epsilon(tmp_path) -> None:
         zoo.save_pretrained(model, tmp_path / "never", format="transformers")
 
 
-def test_other_generations_are_not_mistaken(tmp_path) -> None:
-    weights = {"emb.weight": torch.ones(3, 4), "blocks.0.att.time_faaaa": torch.ones(1, 4)}
-    torch.save(weights, tmp_path / "RWKV-6.pth")
+@pytest.mark.parametrize(
+    ("generation", "names"),
+    [
+        ("RWKV-5", ["time_faaaa", "time_mix_k", "ln_x.weight"]),
+        ("RWKV-5", ["time_first", "time_mix_k", "ln_x.weight"]),
+        ("RWKV-6", ["time_faaaa", "time_maa_x", "ln_x.weight"]),
+    ],
+)
+def test_other_generations_are_not_mistaken(generation, names, tmp_path) -> None:
+    weights = {"emb.weight": torch.ones(3, 4), "blocks.0.ffn.time_mix_r": torch.ones(1, 1, 4)}
+    weights |= {f"blocks.0.att.{name}": torch.ones(1, 1, 4) for name in names}
+    torch.save(weights, tmp_path / "RWKV.pth")
+    with pytest.raises(CheckpointError, match=f"is {generation} by the names of its tensors: the zoo loads RWKV-4 and"):
+        zoo.load_pretrained(tmp_path / "RWKV.pth")
+    torch.save({"emb.weight": torch.ones(3, 4)}, tmp_path / "RWKV.pth")
     with pytest.raises(CheckpointError, match=r"none of rwkv4 \(.pth\), rwkv7 \(.pth\)"):
-        zoo.load_pretrained(tmp_path / "RWKV-6.pth")
+        zoo.load_pretrained(tmp_path / "RWKV.pth")
+
+
+def test_without_the_norm_after_the_embedding(tmp_path) -> None:
+    """A .pth file may lack it, and then the model has none; transformers' own always has it."""
+    model = randomised(zoo.create_model("rwkv4", vocab_size=VOCAB, d_model=16))
+    zoo.save_pretrained(model, tmp_path, format="transformers")
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pre_ln" not in name}
+    assert len(kept) == len(weights) - 2
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"missing \['rwkv.blocks.0.pre_ln.bias', 'rwkv.blocks"
+    ):
+        zoo.load_pretrained(tmp_path)
+    torch.save(as_its_author(kept), tmp_path / "RWKV-4.pth")
+    assert not zoo.load_pretrained(tmp_path / "RWKV-4.pth").config.embedding_norm
 
 
 def test_rwkv7_is_not_in_transformers(tmp_path) -> None:

@@ -24,6 +24,12 @@ FAMILIES = (
     bigbird.FAMILY,
 )
 
+STRANGERS = {
+    "RWKV-5": (r"blocks\.0\.att\.time_mix_k", r"blocks\.0\.att\.ln_x\.weight"),
+    "RWKV-6": (r"blocks\.0\.att\.time_maa_x",),
+}
+"""Marks, as families have them, of files that are likely to be tried and that the zoo does not load."""
+
 
 def by_settings(settings: dict[str, Any], where: str) -> Family:
     """The family that a config.json belongs to.
@@ -53,8 +59,15 @@ def by_names(names: Collection[str], where: str) -> Family:
     Raises:
         CheckpointError: None that the zoo knows.
     """
+
+    def fits(marks: Collection[str]) -> bool:
+        return all(any(re.fullmatch(mark, name) for name in names) for mark in marks)
+
+    for stranger, marks in STRANGERS.items():
+        if fits(marks):
+            raise CheckpointError(f"{where} is {stranger} by the names of its tensors: the zoo loads RWKV-4 and RWKV-7")
     for family in FAMILIES:
-        if family.marks and all(any(re.fullmatch(mark, name) for name in names) for mark in family.marks):
+        if family.marks and fits(family.marks):
             return family
     known = ", ".join(family.name for family in FAMILIES if family.marks)
     raise CheckpointError(
