@@ -7,7 +7,6 @@ block of a document, or a part of it), L places of queries in all tiles, M block
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from zoo.kernels.errors import DataError
 from zoo.kernels.sparse_attention import Pattern, visible_pairs
 from zoo.layers.attention import FARTHEST, Attention, AttentionConfig, Documents
 from zoo.layers.random_blocks import draw_distinct, transformers_plan
+from zoo.layers.tiles import Queries, tile_documents, whole_document
 from zoo.registry import register
 from zoo.settings import setting
 
@@ -56,21 +56,6 @@ class BigBirdConfig(AttentionConfig):
                     "expected hash, or causal=false, n_window_blocks=3, n_global_blocks=1 and max_positions, a "
                     "multiple of block_size",
                 )
-
-
-class Queries(NamedTuple):
-    """Queries in tiles, each of which lies in one block of one document. Places are indices of keys."""
-
-    at: Tensor
-    """(B|1, L) int64: where each query stands; -1 where a tile is not full."""
-    first: Tensor
-    """(B|1, N) int64: where the tile's document begins."""
-    last: Tensor
-    """(B|1, N) int64: one past its last token that is known."""
-    row: Tensor
-    """(B|1, N) int64: which block of its document the tile lies in."""
-    tile: int
-    """Places in each tile: no more than a block has, nor than there are queries."""
 
 
 @register("bigbird", config=BigBirdConfig)
@@ -188,32 +173,3 @@ class BigBird(Attention):
         """See `Attention.pairs`; counted."""
         pattern = self.pattern(whole_document(seq_len, self.block, torch.device("cpu")), seq_len)
         return visible_pairs(pattern, self.n_heads, seq_len)
-
-
-def whole_document(length: int, block: int, device: torch.device) -> Queries:
-    """One document whose tokens are all there."""
-    row = torch.arange(-(-length // block), device=device)[None]
-    at = torch.arange(length, device=device)[None]
-    return Queries(at, torch.zeros_like(row), torch.full_like(row, length), row, min(block, length))
-
-
-def tile_documents(documents: Documents, cached: int, length: int, block: int) -> tuple[Queries, Tensor]:
-    """Puts queries into tiles such that each tile lies in one block of one document.
-
-    Returns:
-        The tiles, and the place of each query among them, (B, T) int64.
-    """
-    assert documents.begins is not None
-    times = torch.arange(length, device=documents.begins.device).expand_as(documents.begins)
-    positions = times - documents.begins  # in their document, (B, T)
-    opens = (positions % block == 0) | (times == 0)
-    tile = opens.cumsum(1) - 1
-    within = times - torch.where(opens, times, 0).cummax(dim=1).values
-    width = min(block, length)
-    places = tile * width + within
-    n_tiles = int(tile[:, -1].max()) + 1
-    at = times.new_full((times.shape[0], n_tiles * width), -1).scatter(1, places, times + cached)
-    heads = (at[:, ::width] - cached).clamp(min=0)  # the time of each tile's first query, (B, N)
-    ends = torch.full_like(times, length) if documents.ends is None else documents.ends
-    first, last, position = (t.gather(1, heads) for t in (documents.begins, ends, positions))
-    return Queries(at, first + cached, last + cached, position // block, width), places
