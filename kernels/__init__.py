@@ -24,6 +24,9 @@ else:
     from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
     from zoo.kernels.linear.op import flops as linear_flops
     from zoo.kernels.linear.op import linear
+    from zoo.kernels.relative_attention.op import flops as relative_attention_flops
+    from zoo.kernels.relative_attention.op import relative_attention
+    from zoo.kernels.relative_attention.segments import Segments
     from zoo.kernels.selective_scan.op import flops as selective_scan_flops
     from zoo.kernels.selective_scan.op import selective_scan
     from zoo.kernels.sparse_attention.op import flops as sparse_attention_flops
@@ -41,12 +44,15 @@ else:
 
     __all__ = [
         "Pattern",
+        "Segments",
         "causal_conv1d",
         "causal_conv1d_flops",
         "dense_weights",
         "describe",
         "linear",
         "linear_flops",
+        "relative_attention",
+        "relative_attention_flops",
         "selective_scan",
         "selective_scan_flops",
         "sparse_attention",

@@ -45,19 +45,37 @@ FARTHEST = 2**30
 
 
 @dataclass(kw_only=True)
-class AttentionConfig(ModelConfig):
-    """Settings that every attention architecture has."""
+class HeadsConfig(ModelConfig):
+    """Settings of blocks of attention and a feed-forward, whatever tells the order of the tokens."""
 
     n_heads: int = setting(4, "query heads", minimum=1)
-    n_kv_heads: int | None = setting(None, "key/value heads (grouped-query attention); null: n_heads", minimum=1)
     bias: bool = setting(False, "biases in the projections and in the feed-forward")
-    qkv_bias: bool | None = setting(None, "biases of queries, keys and values; null: as bias says (Qwen2: true alone)")
     feed_forward: str = setting("swiglu", "feed-forward", choices=("swiglu", "gelu", "gelu_tanh"))
     d_ff: int | None = setting(
         None,
         "width of the feed-forward; null: 8/3 d_model for swiglu, up to a multiple of 16, else 4 d_model",
         minimum=1,
     )
+    backend: str = setting("auto", "kernel backend: auto, or one that `python -m zoo.kernels` lists")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_model % self.n_heads:
+            self.fail("d_model", f"expected a multiple of n_heads={self.n_heads}")
+
+    def make_feed_forward(self, layer: int) -> Mixer:
+        """The feed-forward of a block."""
+        if self.feed_forward == "swiglu":
+            return SwiGLU(self, layer, self.d_ff or 16 * math.ceil(8 * self.d_model / 3 / 16), bias=self.bias)
+        return MLP(self, layer, self.d_ff or 4 * self.d_model, self.feed_forward, bias=self.bias)
+
+
+@dataclass(kw_only=True)
+class AttentionConfig(HeadsConfig):
+    """Settings that every attention architecture with a cache of keys and values has."""
+
+    n_kv_heads: int | None = setting(None, "key/value heads (grouped-query attention); null: n_heads", minimum=1)
+    qkv_bias: bool | None = setting(None, "biases of queries, keys and values; null: as bias says (Qwen2: true alone)")
     rotary: bool = setting(True, "rotary positions; false: none, or those of max_positions")
     rope_base: float = setting(10_000.0, "base of the rotary frequencies", above=1)
     rope_scaling: dict[str, Any] = setting(
@@ -66,12 +84,9 @@ class AttentionConfig(ModelConfig):
     trained_length: int | None = setting(
         None, "length of the sequences in training, where rope_scaling begins; null: rope_scaling says it", minimum=2
     )
-    backend: str = setting("auto", "kernel backend: auto, or one that `python -m zoo.kernels` lists")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.n_heads:
-            self.fail("d_model", f"expected a multiple of n_heads={self.n_heads}")
         if self.rotary and self.d_model % (2 * self.n_heads):
             self.fail("d_model", f"expected a multiple of 2 n_heads = {2 * self.n_heads}: rotary heads have even width")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
@@ -91,12 +106,6 @@ class AttentionConfig(ModelConfig):
             return None
         width = self.d_model // self.n_heads
         return Rotary(width, self.rope_base, make_scaling(self.rope_scaling, self.trained_length, width))
-
-    def make_feed_forward(self, layer: int) -> Mixer:
-        """The feed-forward of a block."""
-        if self.feed_forward == "swiglu":
-            return SwiGLU(self, layer, self.d_ff or 16 * math.ceil(8 * self.d_model / 3 / 16), bias=self.bias)
-        return MLP(self, layer, self.d_ff or 4 * self.d_model, self.feed_forward, bias=self.bias)
 
 
 class KVCache(NamedTuple):
