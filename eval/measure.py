@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,12 @@ def median_time(
         function()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": repeats}
+    return spread(seconds)
+
+
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """`median`, `min` and `max` of some times, and `repeats`, how many they are."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": len(seconds)}
 
 
 def peak_memory_bytes(prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device = CPU) -> int:

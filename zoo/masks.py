@@ -93,8 +93,7 @@ def main() -> None:
             print(f"  {name:<10} {text}" + (f" [{default}]" if default else ""))
         return
     own = [word for word in arguments if word.partition("=")[0] in MasksConfig.__dataclass_fields__]
-    lists = [word.replace("documents=", "documents=[", 1) + "]" if _is_bare_list(word) else word for word in own]
-    settings = parse_overrides(MasksConfig, lists, OWNER)
+    settings = parse_overrides(MasksConfig, own, OWNER)
     words = [word.removeprefix("arch.") for word in arguments if word not in own]
     found = sights(settings, words)
     missing = backends.missing("matplotlib", "'subquadratic-zoo[plots]'")
@@ -106,11 +105,6 @@ def main() -> None:
     subject = " ".join(word for word in arguments if word.partition("=")[0] not in told)
     draw(found, settings.arch, subject, settings.documents, Path(settings.out))
     print(f"wrote {settings.out}")
-
-
-def _is_bare_list(word: str) -> bool:
-    key, _, text = word.partition("=")
-    return key == "documents" and text != "null" and not text.startswith("[")
 
 
 if __name__ == "__main__":

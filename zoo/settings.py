@@ -152,7 +152,7 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def parse_overrides(settings: type[S], arguments: Sequence[str], owner: str) -> S:
-    """Builds settings from `key=value` words of a command line.
+    """Builds settings from `key=value` words of a command line; a list may be without its brackets: `lrs=1e-3,3e-3`.
 
     Raises:
         ConfigError: A word is not `key=value`, or the settings refuse it.
@@ -165,8 +165,14 @@ def parse_overrides(settings: type[S], arguments: Sequence[str], owner: str) -> 
             raise ConfigError(f"{word!r} is not an argument of {owner}: write key=value, see --help")
         hint = hints.get(key)
         is_text = hint in (str, None) or (hint == str | None and text != "null")
+        if _takes_list(hint) and text != "null" and not text.startswith("["):
+            text = f"[{text}]"
         values[key] = text if is_text else parse_value(text)
     return settings.from_dict(values, owner)
+
+
+def _takes_list(hint: Any) -> bool:
+    return any(typing.get_origin(option) is list for option in (hint, *typing.get_args(hint)))
 
 
 def parse_value(text: str) -> Any:

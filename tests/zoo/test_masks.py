@@ -154,7 +154,7 @@ def test_other_formats(suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         (["arch=longformer", "length=1000"], "expected at most 512"),
         (["arch=longformer", "length=64", "documents=20,45"], "expected lengths that add up to length=64"),
         (["arch=longformer", "documents=500,13"], "at most 512 in all"),
-        (["arch=longformer", "documents=20,x"], "documents='[20,x]' is not valid: expected a list"),
+        (["arch=longformer", "documents=20,x"], "documents=[20, 'x'] is not valid: expected a list"),
         (["arch=longformer", "length=9", "max_positions=8"], "expected at most max_positions=8"),
         (["arch=bigbird", "plan=transformers", "causal=false", "max_positions=64", "documents=9,9"], "no segment_ids"),
         (["arch=longformer", "out=mask.gif"], "expected a name that ends in .png or .svg or .pdf"),

@@ -1,0 +1,6 @@
+"""`python -m zoo.bench`: what architectures cost against length. Run, not imported: `zoo.eval` stands above this."""
+
+import runpy
+
+if __name__ == "__main__":  # the processes that measure import this module again
+    runpy.run_module("zoo.eval.bench_command", run_name="__main__", alter_sys=False)
