@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from zoo._version import __version__
 from zoo.kernels.errors import CheckpointError, ConfigError
@@ -196,11 +198,38 @@ def _published(family: Family, theirs: Published, found: Weights) -> _Found:
         ) from error
 
 
+class _OnPaper(TorchFunctionMode):
+    """Gives matrices neither memory nor values, which their file will give them.
+
+    Vectors are computed: on the meta device the arithmetic of an initialisation would import torch's compiler, and that
+    takes a second.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Calls what is called, draws of matrices excepted, and makes matrices on the meta device."""
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, Tensor.normal_):
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            shape = args[0] if len(args) == 1 else args
+            if isinstance(shape, tuple) and len(shape) > 1:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def _build(architecture: str, settings: dict[str, Any], where: str | Path) -> Model:
-    """A model without memory for its weights."""
+    """A model without memory for its matrices."""
     try:
-        with torch.device("meta"):
-            return create_model(architecture, **settings)
+        try:
+            with torch.random.fork_rng(devices=[]), _OnPaper():
+                return create_model(architecture, **settings)
+        except RuntimeError:  # its initialisation computes with matrices and vectors together
+            with torch.device("meta"):
+                return create_model(architecture, **settings)
     except ConfigError as error:
         raise CheckpointError(f"{where} describes no model ({error}): copy or train it again") from error
 

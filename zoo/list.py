@@ -29,9 +29,9 @@ def main() -> None:
         raise ConfigError(f"arguments {arguments} are not understood: {USAGE}")
     names = list_models(*arguments, pretrained=pretrained)
     if not names:
-        what = "pretrained variant" if pretrained else "architecture"
-        known = ", ".join(list_models(pretrained=pretrained))
-        raise ConfigError(f"no {what} matches {arguments[0]!r}: known: {known}")
+        if pretrained:
+            raise ConfigError(f"no pretrained variant matches {arguments[0]!r}: without a pattern, all are shown")
+        raise ConfigError(f"no architecture matches {arguments[0]!r}: known: {', '.join(list_models())}")
     if pretrained:
         _print_variants(names)
         return

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,6 +30,35 @@ def test_dtype_and_run_folder(folder, tmp_path_factory) -> None:
     run = tmp_path_factory.mktemp("run")
     folder.rename(run / "model")
     assert not zoo.load_pretrained(run).training
+
+
+BUILT = """
+import sys, torch, zoo
+torch.manual_seed(0)
+before = torch.get_rng_state()
+for name in zoo.list_models():
+    folder = f"{sys.argv[1]}/{name}"
+    model = zoo.load_pretrained(folder)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+assert torch.equal(torch.get_rng_state(), before)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_loading_neither_draws_nor_imports_the_compiler(tmp_path) -> None:
+    for name in zoo.list_models():
+        zoo.save_pretrained(zoo.create_model(name, vocab_size=7, d_model=16), tmp_path / name)
+    done = subprocess.run([sys.executable, "-c", BUILT, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_initialisations_that_mix_matrices_and_vectors(folder, monkeypatch) -> None:
+    def mixing(*args, **settings):
+        assert (torch.empty(3, 2) * torch.ones(2)).is_meta
+        return zoo.create_model(*args, **settings)
+
+    monkeypatch.setattr("zoo.checkpoint.create_model", mixing)
+    zoo.load_pretrained(folder)
 
 
 def test_stored_in_a_smaller_type(folder) -> None:

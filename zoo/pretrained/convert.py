@@ -149,7 +149,9 @@ def load(
 
     _check_copies(weights, files, table)
     device = torch.device(device or "cpu")
-    for group in _groups(table.links, blank):
+    # The largest first, while little else is held.
+    links = sorted(table.links, key=lambda row: blank[row.ours].numel(), reverse=True)
+    for group in _groups(links, blank):
         with ExitStack() as stack:
             read = stack.enter_context(weights.reader(files[name] for row in group for name in _theirs(row)))
             for row in group:
@@ -158,7 +160,11 @@ def load(
                 target = torch.empty(shape, dtype=dtype or _promoted(kinds), device=device)
                 parts = target.split(_rows(row.sources, shape[0]))
                 for source, part in zip(row.sources, parts, strict=True):
-                    part.copy_(source.form.load(read(files[source.name])))
+                    theirs = source.form.save(part)
+                    if theirs.data_ptr() == part.data_ptr():  # a view of our memory, which can be filled as it is
+                        read(files[source.name], theirs)
+                    else:
+                        part.copy_(source.form.load(read(files[source.name])))
                 if row.added is not None:
                     target += row.added.form.load(read(files[row.added.name])).to(device, target.dtype)
                 put(model, row.ours, target)

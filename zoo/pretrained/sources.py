@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
 
 from zoo.codec import ask_hub
-from zoo.kernels.errors import CheckpointError, did_you_mean
+from zoo.kernels.errors import CheckpointError
 from zoo.pretrained.variants import BUNDLED, variants
 
 CONFIG = "config.json"
@@ -47,7 +48,11 @@ def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         return from_hub(text, revision, SAFE, PICKLES)
     if os.sep in str(name):
         return model_folder(path)  # which says that it is not there
-    raise CheckpointError(f"no folder {str(name)!r}, and no variant of that name: {did_you_mean(str(name), known)}")
+    near = difflib.get_close_matches(text, known)
+    guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise CheckpointError(
+        f"no folder {str(name)!r}, and no variant of that name: {guess}`zoo list --pretrained` shows all"
+    )
 
 
 def _in_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -10,9 +11,9 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +47,13 @@ class Entry(NamedTuple):
     dtype: torch.dtype | str
 
 
+class Read(Protocol):
+    """Reads the tensor of that name, into memory of its shape where that is given."""
+
+    def __call__(self, name: str, into: Tensor | None = None) -> Tensor:
+        """The tensor, which is `into` where that is given."""
+
+
 class Weights:
     """The tensors in some files, by name.
 
@@ -71,18 +79,19 @@ class Weights:
                     self._file[name] = file
 
     @contextlib.contextmanager
-    def reader(self, names: Iterable[str]) -> Iterator[Callable[[str], Tensor]]:
-        """Opens the files that hold those tensors; yields what reads one, which lives until they are closed.
+    def reader(self, names: Iterable[str]) -> Iterator[Read]:
+        """Opens the files that hold those tensors; yields what reads one.
 
-        Files are mapped into memory, and what was read of them counts as the process's own until they are closed.
+        Pickles are mapped into memory: what is read of them lives until they are closed, and counts as the process's
+        own until then.
         """
         files = {self._file[name] for name in names}
         with contextlib.ExitStack() as stack:
             readers = {file: stack.enter_context(_opened(file))[1] for file in files}
 
-            def read(name: str) -> Tensor:
+            def read(name: str, into: Tensor | None = None) -> Tensor:
                 with _one_line(self._file[name]):
-                    return readers[self._file[name]](name)
+                    return readers[self._file[name]](name, into)
 
             yield read
 
@@ -119,29 +128,53 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
-Opened = tuple[Mapping[str, Entry], Callable[[str], Tensor]]
-
-
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Opened]:
+def _opened(file: Path) -> Iterator[tuple[Mapping[str, Entry], Read]]:
     """What a file holds, and what reads a tensor of it."""
     if file.suffix == ".safetensors":
         with contextlib.ExitStack() as stack:
             with _one_line(file):
-                source = stack.enter_context(safe_open(file, framework="pt"))
-                slices = {name: source.get_slice(name) for name in source.keys()}  # noqa: SIM118 - no mapping
+                with safe_open(file, framework="pt"):  # which checks the header
+                    pass
+                source = stack.enter_context(file.open("rb", buffering=0))
+                begin = 8 + int.from_bytes(source.read(8), "little")
+                header = json.loads(source.read(begin - 8))
+                header.pop("__metadata__", None)
                 entries = {
-                    name: Entry(tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
-                    for name, part in slices.items()
+                    name: Entry(tuple(told["shape"]), _DTYPES.get(told["dtype"], told["dtype"]))
+                    for name, told in header.items()
                 }
-                del slices
-            yield entries, source.get_tensor
+
+            def read(name: str, into: Tensor | None = None) -> Tensor:
+                shape, dtype = entries[name]
+                assert isinstance(dtype, torch.dtype)
+                direct = into is not None and into.dtype == dtype and into.is_cpu and into.is_contiguous()
+                target = into if into is not None and direct else torch.empty(shape, dtype=dtype)
+                source.seek(begin + header[name]["data_offsets"][0])
+                _fill(target, source)
+                return target if into is None or direct else into.copy_(target)
+
+            yield entries, read
         return
     with _one_line(file):
         tensors = _unpickled(file)
         if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise CheckpointError(f"{file} holds no plain dictionary of tensors, such as a model's state_dict()")
-    yield {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}, tensors.__getitem__
+
+    def take(name: str, into: Tensor | None = None) -> Tensor:
+        return tensors[name] if into is None else into.copy_(tensors[name])
+
+    yield {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}, take
+
+
+def _fill(tensor: Tensor, source: io.FileIO) -> None:
+    """Reads a tensor's bytes straight into its memory: a mapped file would take a fault for each of its pages too."""
+    view, at = memoryview(tensor.flatten().view(torch.uint8).numpy()), 0
+    while at < len(view):
+        size = source.readinto(view[at:])
+        if not size:
+            raise EOFError("it ends too early")
+        at += size
 
 
 def _unpickled(file: Path) -> Any:
