@@ -19,6 +19,7 @@ from zoo.command import usable_device
 from zoo.console import run_cli
 from zoo.eval.bench import BenchSettings, bench
 from zoo.eval.cost import OK, MakeModel
+from zoo.eval.measure import in_words
 from zoo.kernels import backends
 from zoo.kernels.errors import ConfigError, ZooError, did_you_mean
 from zoo.registry import architecture, list_models
@@ -147,9 +148,8 @@ def table(kind: str, rows: Sequence[dict[str, Any]]) -> Table:
 def _cells(row: dict[str, Any]) -> list[str]:
     if row["status"] != OK:
         return [row["status"].replace("_", " ")]
-    low, middle, high = (digits(1e3 * row["seconds"][key]) for key in ("min", "median", "max"))
     return [
-        f"{middle} ({low}..{high})",
+        in_words(row["seconds"]),
         f"{row['tokens_per_second']:,.0f}",
         f"{row['peak_memory_bytes'] / 2**20:,.1f}",
         "" if row["state_bytes"] is None else f"{row['state_bytes'] / 2**10:,.0f}",
@@ -157,11 +157,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['flops_share']:.1%}",
         f"{row['bytes_share']:.1%}",
     ]
-
-
-def digits(value: float) -> str:
-    """Three of them at least, and no exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _print_help() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
 """From the palette of Okabe and Ito, whose colours all kinds of colour vision tell apart."""
@@ -66,6 +66,9 @@ def _frame(axes: Axes, lengths: Sequence[int]) -> None:
     axes.set(xscale="log", yscale="log", xticks=lengths)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize=8)
     axes.grid(color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)

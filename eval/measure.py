@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,16 @@ def median_time(
 def spread(seconds: Sequence[float]) -> dict[str, Any]:
     """`median`, `min` and `max` of some times, and `repeats`, how many they are."""
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "repeats": len(seconds)}
+
+
+def in_words(seconds: Mapping[str, Any]) -> str:
+    """A spread in milliseconds: "4.31 (4.2..5.02)"."""
+
+    def digits(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    low, middle, high = (digits(1e3 * seconds[key]) for key in ("min", "median", "max"))
+    return f"{middle} ({low}..{high})"
 
 
 def peak_memory_bytes(prepare: Callable[..., Callable[[], Any]], *args: Any, device: torch.device = CPU) -> int:
