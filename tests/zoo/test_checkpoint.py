@@ -52,6 +52,30 @@ def test_loading_neither_draws_nor_imports_the_compiler(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+PEAK = """
+import sys, torch, zoo
+from zoo.memory import PeakMemory
+zoo.load_pretrained(sys.argv[2])  # what is imported when it is needed
+memory = PeakMemory(torch.device("cpu"))
+memory.reset()
+before = memory.bytes()
+model = zoo.load_pretrained(sys.argv[1])
+print(memory.bytes() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system does not forget an earlier peak")
+@pytest.mark.parametrize("format", ["zoo", "transformers"])
+def test_peak_memory_is_that_of_the_weights(folder, format, tmp_path_factory) -> None:
+    large = tmp_path_factory.mktemp("large")
+    zoo.save_pretrained(zoo.create_model("transformer", vocab_size=4096, d_model=1024), large, format=format)
+    size = (large / "model.safetensors").stat().st_size
+    assert size > 100e6
+    command = [sys.executable, "-c", PEAK, str(large), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0.9 * size < int(done.stdout) < 1.1 * size
+
+
 def test_initialisations_that_mix_matrices_and_vectors(folder, monkeypatch) -> None:
     def mixing(*args, **settings):
         assert (torch.empty(3, 2) * torch.ones(2)).is_meta
