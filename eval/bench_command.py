@@ -19,15 +19,13 @@ from zoo.command import usable_device
 from zoo.console import run_cli
 from zoo.eval.bench import BenchSettings, bench
 from zoo.eval.cost import OK, MakeModel
-from zoo.eval.measure import in_words
+from zoo.eval.measure import WIDTH, in_words
 from zoo.kernels import backends
 from zoo.kernels.errors import ConfigError, ZooError, did_you_mean
 from zoo.registry import architecture, list_models
 from zoo.settings import describe_settings, parse_overrides, parse_value, setting
 
 OWNER = "zoo bench"
-WIDTH = 110
-"""Columns of the tables, also where the terminal has fewer: a figure cut off is none."""
 TITLES = {
     "train": "Training step: forward, backward and a fused update of AdamW",
     "prefill": "Prefill: one forward pass that leaves a state",

@@ -21,15 +21,13 @@ from torch import Tensor
 from zoo.command import usable_device
 from zoo.eval.cost import DTYPES, FAILED, OK, TOO_SLOW, verdict
 from zoo.eval.kernel_cases import CASES, Case, Draw, Inputs
-from zoo.eval.measure import in_words, machine_info, spread
+from zoo.eval.measure import WIDTH, in_words, machine_info, spread
 from zoo.kernels import backends
 from zoo.kernels.errors import BackendError, did_you_mean
 from zoo.memory import synchronize
 from zoo.settings import Settings, describe_settings, parse_overrides, setting
 
 OWNER = "zoo bench kernels"
-WIDTH = 110
-"""Columns of the tables, also where the terminal has fewer: a figure cut off is none."""
 REFERENCE = "reference"
 SMALL = (2, 70)
 """Batch and length at which contenders must agree with the reference; no multiple of any block."""

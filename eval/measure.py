@@ -18,6 +18,8 @@ from zoo.memory import PeakMemory, synchronize
 from zoo.train.environment import describe_device, git_commit, versions
 
 CPU = torch.device("cpu")
+WIDTH = 110
+"""Columns of tables, also where the terminal has fewer: a figure that is cut off is none."""
 
 
 def machine_info(device: torch.device = CPU) -> dict[str, Any]:

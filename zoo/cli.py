@@ -12,10 +12,12 @@ from zoo.kernels.errors import ConfigError, did_you_mean
 VERBS = {
     "train": ("zoo.train", "train an architecture: zoo train arch=mamba data=mqar"),
     "list": ("zoo.list", "table of the registered architectures"),
+    "compare": ("zoo.compare", "train and measure architectures head to head: zoo compare arch=mamba,transformer"),
     "eval": ("zoo.eval", "how well a trained model does on a task: zoo eval model=runs/mamba-mqar data=mqar"),
     "generate": ("zoo.generate", "continue a text with a trained model: zoo generate model=runs/mamba-pystdlib"),
     "score": ("zoo.score", "how well a trained model predicts a text: zoo score model=runs/mamba-pystdlib text=a.py"),
     "masks": ("zoo.masks", "draw what attention sees: zoo masks arch=longformer window=8 out=mask.png"),
+    "bench": ("zoo.bench", "time, memory and FLOPs against length: zoo bench arch=mamba,transformer"),
     "kernels": ("zoo.kernels", "operators, their backends, and which would run on this machine"),
 }
 
