@@ -13,6 +13,7 @@ USE = """
 import zoo, zoo.kernels, zoo.train.run, zoo.eval.measure, torch
 model = zoo.create_model("mamba", vocab_size=5, d_model=8)
 assert zoo.generate(model, torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=2).shape == (1, 3)
+assert zoo.load_pretrained("mamba-mqar-nano").architecture == "mamba"
 print(zoo.__file__)
 """
 
