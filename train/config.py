@@ -38,6 +38,12 @@ class TrainerConfig(Settings):
     max_steps: int | None = setting(None, "optimiser steps; null: what the dataset recommends", minimum=1)
     max_minutes: float | None = setting(None, "stop after this many minutes of run time; null: never", above=0)
     stop_at: float | None = setting(None, "stop at this validation accuracy; null: never", above=0, maximum=1)
+    segment_length: int | None = setting(
+        None,
+        "read text in order, so many tokens of it per step, and carry the model's state along (truncated "
+        "back-propagation through time); null: each window stands for itself",
+        minimum=1,
+    )
     accumulate: int = setting(1, "batches per optimiser step", minimum=1)
     val_every: int | None = setting(
         None, "steps between validations, each with a checkpoint; null: ten in all", minimum=1

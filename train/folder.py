@@ -93,14 +93,15 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def default_name(tree: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """A name made of architecture, dataset, objective and what differs from the defaults: "mamba-mqar-d_state32-s1".
+    """A name made of architecture, dataset, objective, segments and what else differs: "mamba-mqar-d_state32-s1".
 
     Args:
         tree: The settings of the run.
         defaults: The settings of a run with this architecture and dataset and nothing else said.
     """
     objective = "" if tree["objective"] == "causal" else f"-{tree['objective']}"
-    base = f"{tree['arch']['name']}-{tree['data']['name']}{objective}"
+    segments = "" if tree["trainer"]["segment_length"] is None else f"-segments{tree['trainer']['segment_length']}"
+    base = f"{tree['arch']['name']}-{tree['data']['name']}{objective}{segments}"
     mask_rate = "" if tree["mask_rate"] is None else f"-mask_rate{_short(tree['mask_rate'])}"
     seed = f"-s{tree['seed']}" if tree["seed"] else ""
     changes = mask_rate + "".join(

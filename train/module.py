@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.model import Model, ModelOutput
+from zoo.model import Model, ModelOutput, ModelState
 from zoo.train.data.stream import IGNORE, Batch
 from zoo.train.errors import NonFiniteError
 from zoo.train.metrics import TokenMetrics
 from zoo.train.objectives import Objective
 from zoo.train.optim import OptimConfig, build_optimizer, first_nonfinite_gradient
+
+
+class _MicroBatch(NamedTuple):
+    """What a step was made from, to run it again."""
+
+    batch: Batch
+    number: int
+    state: ModelState | None
+    losses: dict[str, Tensor]
 
 
 class SequenceModule(L.LightningModule):
@@ -37,6 +47,9 @@ class SequenceModule(L.LightningModule):
         slice_values: Slices of the data and every value each can take.
         bytes_per_label: For "val" and "test" the bytes of text that one label stands for; empty where the data are no
             text.
+        carries: Whether each row of a batch goes on where the batch before it ended. The model's state then goes along
+            from batch to batch, without gradients (truncated back-propagation through time); validation and test have
+            one of their own, fresh in each pass.
     """
 
     def __init__(
@@ -49,6 +62,7 @@ class SequenceModule(L.LightningModule):
         objective: Objective | None = None,
         slice_values: Mapping[str, Sequence[int]] | None = None,
         bytes_per_label: Mapping[str, float] | None = None,
+        carries: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,12 +79,14 @@ class SequenceModule(L.LightningModule):
         )
         self.results: dict[str, dict[str, float]] = {}
         """Metrics by split: "train" of the last optimiser step, "val" and "test" of the last pass."""
-        self._pending: list[tuple[Batch, int, dict[str, Tensor]]] = []  # micro-batches since the last optimiser step
+        self.carries = carries
+        self._states: dict[str, ModelState] = {}  # by split: what the rows of the last batch came to
+        self._pending: list[_MicroBatch] = []  # since the last optimiser step
 
-    def forward(self, batch: Batch) -> ModelOutput:
+    def forward(self, batch: Batch, state: ModelState | None = None) -> ModelOutput:
         """The model's output for a prepared batch, its logits as the objective reads them."""
         segment_ids = batch.get("segment_ids")
-        output = cast(ModelOutput, self.model(batch["inputs"], segment_ids=segment_ids))
+        output = cast(ModelOutput, self.model(batch["inputs"], state=state, segment_ids=segment_ids))
         return output._replace(logits=self.objective.read_out(output.logits, segment_ids))
 
     def losses(self, batch: Batch, output: ModelOutput) -> dict[str, Tensor]:
@@ -89,8 +105,12 @@ class SequenceModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch."""
         batch = self.objective.prepare(batch, "train", batch_idx)
-        losses = self.losses(batch, self(batch))
-        self._pending.append((batch, batch_idx, {name: loss.detach() for name, loss in losses.items()}))
+        state = self.incoming("train", batch)
+        output = self(batch, state)
+        self._keep("train", output.state)
+        losses = self.losses(batch, output)
+        told = {name: loss.detach() for name, loss in losses.items()}
+        self._pending.append(_MicroBatch(batch, batch_idx, state, told))
         return torch.stack(list(losses.values())).sum()
 
     def configure_gradient_clipping(
@@ -110,13 +130,13 @@ class SequenceModule(L.LightningModule):
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         pending, self._pending = self._pending, []
-        names = list(pending[0][2])
-        rows = [torch.stack([losses[name].double() for name in names]) for _, _, losses in pending]
+        names = list(pending[0].losses)
+        rows = [torch.stack([each.losses[name].double() for name in names]) for each in pending]
         numbers = torch.cat([torch.stack(rows), norm.double().expand(len(rows), 1)], dim=1).tolist()
-        for (batch, batch_idx, _), row in zip(pending, numbers, strict=True):
+        for each, row in zip(pending, numbers, strict=True):
             if not np.isfinite(row[:-1]).all():
                 culprit = next(name for name, loss in zip(names, row, strict=False) if not np.isfinite(loss))
-                raise NonFiniteError(self.global_step + 1, culprit, self._first_nonfinite_layer(batch, batch_idx))
+                raise NonFiniteError(self.global_step + 1, culprit, self._first_nonfinite_layer(each))
         if not np.isfinite(numbers[0][-1]) and not self._gradients_are_scaled:
             raise NonFiniteError(self.global_step + 1, "gradient", f"parameter {first_nonfinite_gradient(self.model)}")
         if self.optim.clip is not None:
@@ -125,6 +145,22 @@ class SequenceModule(L.LightningModule):
         self.results["train"] = {"loss": sum(means[:-1]), "grad_norm": means[-1], "lr": optimizer.param_groups[0]["lr"]}
         if len(names) > 1:
             self.results["train"] |= dict(zip(names, means, strict=False))
+
+    def incoming(self, split: str, batch: Batch) -> ModelState | None:
+        """The state that a batch goes on from; None where each batch stands for itself."""
+        if not self.carries:
+            return None
+        device = batch["inputs"].device
+        if split not in self._states:
+            # What is cached has the type of activations.
+            dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+            return self.model.init_state(len(batch["inputs"]), device=device, dtype=dtype)
+        # Trimmed only now: after the step there is nothing to wait for on a GPU.
+        return self.model.trim_state(apply_to_collection(self._states[split], Tensor, Tensor.to, device))
+
+    def _keep(self, split: str, state: ModelState | None) -> None:
+        if state is not None:
+            self._states[split] = apply_to_collection(state, Tensor, Tensor.detach)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
@@ -143,13 +179,20 @@ class SequenceModule(L.LightningModule):
         self._finish("test")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the metrics, which a resumed run may need before it makes new ones, and whose weights these are."""
+        """Adds whose weights these are, the state, and the metrics, which may be needed before there are new ones."""
         checkpoint["results"] = self.results
         checkpoint["architecture"] = self.model.architecture
+        if "train" in self._states:
+            # Tensors alone, as a checkpoint is read without running code: the model knows how they belong together.
+            checkpoint["carried"] = _tensors(self._states["train"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the metrics back."""
+        """Takes the metrics and the state back."""
         self.results = checkpoint["results"]
+        if "carried" in checkpoint:
+            carried = iter(checkpoint["carried"])
+            like = self.model.init_state(1)
+            self._states["train"] = apply_to_collection(like, Tensor, lambda _: next(carried))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the model's own decay groups, its schedule stepped once per optimiser step."""
@@ -163,12 +206,15 @@ class SequenceModule(L.LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _score(self, split: str, batch: Batch) -> None:
-        cast(TokenMetrics, self.scores[split]).update(self(batch).logits, batch["targets"], batch.get("slices"))
+        output = self(batch, self.incoming(split, batch))
+        self._keep(split, output.state)
+        cast(TokenMetrics, self.scores[split]).update(output.logits, batch["targets"], batch.get("slices"))
 
     def _finish(self, split: str) -> None:
         metric = cast(TokenMetrics, self.scores[split])
         self.results[split] = metric.compute()
         metric.reset()
+        self._states.pop(split, None)
 
     def _seed_step(self, batch_idx: int) -> None:
         state = np.random.SeedSequence((self.seed, batch_idx, self.global_rank)).generate_state(2, np.uint32)
@@ -181,7 +227,7 @@ class SequenceModule(L.LightningModule):
             torch.cuda.manual_seed(seed)
 
     @torch.no_grad()
-    def _first_nonfinite_layer(self, batch: Batch, batch_idx: int) -> str:
+    def _first_nonfinite_layer(self, micro: _MicroBatch) -> str:
         """Where a non-finite number shows first when the step runs again: a parameter, a layer, or the loss."""
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -199,10 +245,11 @@ class SequenceModule(L.LightningModule):
         # A module's hook runs after those of its parts, so the first find is the innermost layer.
         handles = [m.register_forward_hook(look(name)) for name, m in self.model.named_modules() if name]
         try:
-            self._seed_step(batch_idx)
+            self._seed_step(micro.number)
             # `forward` itself: a compiled model would run past the hooks.
             with self.trainer.precision_plugin.forward_context():
-                output = self.model.forward(batch["inputs"], segment_ids=batch.get("segment_ids"))
+                segment_ids = micro.batch.get("segment_ids")
+                output = self.model.forward(micro.batch["inputs"], state=micro.state, segment_ids=segment_ids)
         finally:
             for handle in handles:
                 handle.remove()

@@ -54,6 +54,7 @@ def summarise(
         "arch": config.arch,
         "data": data.source.name,
         "objective": config.objective,
+        "segment_length": config.trainer.segment_length,
         "seed": config.seed,
         "status": status,
         "error": error,
@@ -106,8 +107,10 @@ def is_finished(summary: dict[str, Any] | None) -> bool:
 def print_table(console: Console, summary: dict[str, Any]) -> None:
     """The end of a run on one screen: what came out, what it cost, where it is, what to do next."""
     metrics = summary["metrics"]
-    objective = "" if summary["objective"] == "causal" else f", {summary['objective']}"
-    title = f"{summary['arch']} on {summary['data']}{objective}, seed {summary['seed']}: {summary['status']}"
+    how = "" if summary["objective"] == "causal" else f", {summary['objective']}"
+    if summary.get("segment_length") is not None:
+        how = f", segments of {summary['segment_length']:,}"
+    title = f"{summary['arch']} on {summary['data']}{how}, seed {summary['seed']}: {summary['status']}"
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -28,7 +28,7 @@ from zoo.registry import architecture
 from zoo.train.callbacks import Books, Signals, StopRequested, StopRules
 from zoo.train.checkpoint import AtomicCheckpointIO, Checkpoints, load_checkpoint
 from zoo.train.config import OptimConfig, TrainConfig
-from zoo.train.data import DataModule, Source, get_data
+from zoo.train.data import Batch, DataModule, Source, get_data
 from zoo.train.errors import Interrupted, NonFiniteError, RunError, foreseen
 from zoo.train.folder import RunFolder, claim, default_name, find
 from zoo.train.logs import MetricsFile, RunLog
@@ -58,7 +58,7 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
     started = time.monotonic()
     console = console or Console()
     device = pick_device(config.trainer.accelerator)
-    data = DataModule(config.data, config.seed)
+    data = DataModule(config.data, config.seed, config.trainer.segment_length)
     fallback = default_name(config.to_dict(data.source.name), _defaults(config, data.source.name))
     config = decide(config, data.source)
 
@@ -76,7 +76,8 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
                 config.objective, data.source.vocab_size, mask_rate=config.mask_rate, seed=config.seed
             ),
             slice_values=data.source.slice_values,
-            bytes_per_label=_bytes_per_label(data.source) if config.objective == "causal" else None,
+            bytes_per_label=_bytes_per_label(data) if config.objective == "causal" else None,
+            carries=config.trainer.segment_length is not None,
         )
         _rehearse(module, data, _precision(config.trainer.precision, device), device)
         folder, earlier = _open(config, data.source.name, fallback)
@@ -142,11 +143,11 @@ def _rehearse(module: SequenceModule, data: DataModule, precision: Precision, de
         DataError: The objective cannot use the labels of these data.
     """
     batch = module.objective.prepare(next(iter(data.val_dataloader())), "val", 0)
-    few = {name: batch[name][:1, :2].to(device) for name in ("inputs", "segment_ids") if name in batch}
+    few: Batch = {name: batch[name][:1, :2].to(device) for name in ("inputs", "segment_ids") if name in batch}
     module.to(device)
     try:
         with precision.forward_context():
-            module(few)
+            module(few, module.incoming("val", few))
     except BackendError as error:
         reason = str(error).removesuffix("; or pass backend='auto'")
         raise BackendError(f"{reason}; arch.backend=auto takes one that runs") from error
@@ -193,6 +194,8 @@ def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
         )
     if objective is not Masked and config.mask_rate is not None:
         raise ConfigError(f"mask_rate={config.mask_rate} means nothing to objective={config.objective}: leave it out")
+    if config.trainer.segment_length is not None:
+        _check_segments(config, source, causal)
     recipe, trainer = source.recipe, config.trainer
     factor = architecture(config.arch).mixer.learning_rate_factor
     max_steps = trainer.max_steps or recipe.max_steps
@@ -204,6 +207,29 @@ def decide(config: TrainConfig, source: Source[Any]) -> TrainConfig:
         trainer=dataclasses.replace(trainer, max_steps=max_steps, val_every=val_every),
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or recipe.lr * factor),
     )
+
+
+def _check_segments(config: TrainConfig, source: Source[Any], causal: bool) -> None:
+    """Refuses what a state cannot be carried through.
+
+    Raises:
+        ConfigError: It would look both ways, the data are no running text, or the windows cannot be cut so.
+    """
+    length = config.trainer.segment_length
+    asked = f"trainer.segment_length={length}"
+    if config.objective != "causal" or not causal:
+        which = f"objective={config.objective}" if config.objective != "causal" else "arch.causal=false"
+        raise ConfigError(f"{asked} carries a state, which only models that read one way have: leave it or {which} out")
+    if not source.running:
+        raise ConfigError(
+            f"{asked} reads on from batch to batch, but the rows of data={source.name} are no running text: leave it "
+            f"out, or take data such as pystdlib"
+        )
+    if source.config.seq_len % length:
+        raise ConfigError(
+            f"{asked} does not divide data.seq_len={source.config.seq_len}, the windows that the text is kept in: set "
+            f"data.seq_len={length} as well"
+        )
 
 
 def _start_from(model: Model, init: str) -> None:
@@ -289,8 +315,8 @@ def _precision(name: str, device: torch.device) -> Precision:
     return MixedPrecision("16-mixed" if name == "fp16-mixed" else "bf16-mixed", device.type)
 
 
-def _bytes_per_label(source: Source[Any]) -> dict[str, float]:
-    sizes = {"val": source.bytes_per_label("validation"), "test": source.bytes_per_label("test")}
+def _bytes_per_label(data: DataModule) -> dict[str, float]:
+    sizes = {"val": data.bytes_per_label("validation"), "test": data.bytes_per_label("test")}
     return {split: size for split, size in sizes.items() if size is not None}
 
 
@@ -317,6 +343,8 @@ def _headline(
 ) -> str:
     params = sum(p.numel() for p in model.parameters())
     objective = "" if config.objective == "causal" else f", {config.objective}"
+    if config.trainer.segment_length is not None:
+        objective = f", a state carried over segments of {config.trainer.segment_length:,} tokens"
     where = f"{config.trainer.precision} on {device.type}"
     verb = f"resumed from {resume_from.name}" if resume_from else f"{config.trainer.max_steps:,} steps"
     return (

@@ -92,6 +92,10 @@ class Mixer(nn.Module):
         pairs = zip(state, fresh, strict=True)
         return type(state)(*(torch.where(_rows_like(rows, old), new, old) for old, new in pairs))
 
+    def trim_state(self, state: Any) -> Any:
+        """The state without what the document of no row can see any more; as it is, unless it grows with the text."""
+        return state
+
     def flops(self, seq_len: int) -> int:
         """Forward FLOPs (2 per multiply-add) for one sequence of that length, norms and activations left out."""
         raise NotImplementedError

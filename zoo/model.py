@@ -5,6 +5,7 @@ Letters: B batch, T time, D d_model, V vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -203,6 +204,13 @@ class Model(nn.Module):
         none_read = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return ModelState(layers, none_read - 1, none_read)
 
+    def trim_state(self, state: ModelState) -> ModelState:
+        """The state without what no row's document can see any more: over a text of many documents, memory is bounded.
+
+        Takes nothing away that a later output depends on.
+        """
+        return state._replace(layers=self._each(state, lambda mixer, held: mixer.trim_state(held)))
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that must not decay: norms, biases, embeddings, and what a mixer marks."""
         exempt: tuple[type[nn.Module], ...] = (nn.Embedding, nn.RMSNorm, nn.LayerNorm, nn.GroupNorm)
@@ -237,11 +245,15 @@ class Model(nn.Module):
     def _enter_segments(self, state: ModelState, segment: Tensor) -> ModelState:
         """Resets the rows whose next token begins another document than the one the state belongs to."""
         rows = (state.segment != segment) & (state.segment >= 0)  # (B,)
-        layers = tuple(
-            tuple(mixer.reset_state(s, rows) for mixer, s in zip(mixers, states, strict=True))
+        layers = self._each(state, lambda mixer, held: mixer.reset_state(held, rows))
+        return ModelState(layers, segment, torch.where(rows, 0, state.position))
+
+    def _each(self, state: ModelState, change: Callable[[Mixer, Any], Any]) -> tuple[tuple[Any, ...], ...]:
+        """The layers of a state, what each mixer holds changed."""
+        return tuple(
+            tuple(change(mixer, held) for mixer, held in zip(mixers, states, strict=True))
             for mixers, states in zip(self.mixers(), state.layers, strict=True)
         )
-        return ModelState(layers, segment, torch.where(rows, 0, state.position))
 
     def _check_causal(self) -> None:
         if not self.config.causal:

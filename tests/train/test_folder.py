@@ -16,6 +16,7 @@ def tree(seed: int = 0, **changes: object) -> dict:
         "arch": {"name": "mamba", "d_state": 16, "eps": 1e-5, "tied": changes.get("tied")},
         "data": {"name": "mqar", "seq_len": changes.get("seq_len")},
         "optim": {"lr": changes.get("lr")},
+        "trainer": {"segment_length": changes.get("segment_length")},
         "objective": changes.get("objective", "causal"),
         "mask_rate": changes.get("mask_rate"),
         "seed": seed,
@@ -34,6 +35,7 @@ def tree(seed: int = 0, **changes: object) -> dict:
         (tree(1, lr=0.003, seq_len=64), "mamba-mqar-seq_len64-lr0.003-s1"),
         (tree(objective="classify"), "mamba-mqar-classify"),
         (tree(1, objective="masked", mask_rate=0.3), "mamba-mqar-masked-mask_rate0.3-s1"),
+        (tree(segment_length=256, seq_len=512), "mamba-mqar-segments256-seq_len512"),
         (tree(2, seq_len="a/very long value" * 5), "mamba-mqar-s2"),
     ],
 )

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from zoo.codec import Codec
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, setting
-from zoo.train.data.stream import BatchStream, EvalBatches
+from zoo.train.data.running import RunningEval, RunningStream, RunningText
+from zoo.train.data.stream import BatchStream, EndlessBatches, EvalBatches
 from zoo.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Source(ABC, Generic[ConfigT]):
         levels: accuracies that show no skill, to be printed beside a score ("chance", "plateau").
         unit: "byte" or "token" where a target is a piece of text (bits per byte make sense), else None.
         codec: turns text into tokens and back; None where tokens are no text.
+        running: whether the rows are running text: a row of `windows` goes on where the one before it ended.
         recipe: how to train where the settings leave it open.
     """
 
@@ -78,14 +80,27 @@ class Source(ABC, Generic[ConfigT]):
     levels: dict[str, float]
     unit: str | None = None
     codec: Codec | None = None
+    running: bool = False
     recipe: Recipe = Recipe()
 
     @abstractmethod
     def load(self, split: str) -> list[datasets.Dataset]:
         """The tables of "train", "validation" or "test": made on the first call, then read from the datasets cache."""
 
-    def bytes_per_label(self, split: str) -> float | None:
-        """Bytes of text that a label of the split stands for: bits per byte = nats / (ln 2 * this). None: no text."""
+    def windows(self, split: str) -> datasets.Dataset:
+        """Of running text all rows of a split in the order of the text; `document` numbers the first document of each.
+
+        `segment_ids` count documents from there, so that the sum of both is a document's number in the split.
+        """
+        raise NotImplementedError
+
+    def bytes_per_label(self, split: str, windows: datasets.Dataset | None = None) -> float | None:
+        """Bytes of text that a label stands for: bits per byte = nats / (ln 2 * this). None: no text.
+
+        Args:
+            split: of its rows.
+            windows: some of the rows of `windows(split)`; None: what `load(split)` gives.
+        """
         return None
 
     def facts(self) -> dict[str, Any]:
@@ -165,26 +180,38 @@ class DataModule(lightning.LightningDataModule):
     random state. The training loader never ends; it starts at `start_batch`. Under several devices each gets every
     n-th row of the batch.
 
+    Args:
+        config: settings of the dataset.
+        seed: orders the training batches (where the dataset shuffles).
+        segment_length: read running text in order instead, so many tokens at a time: each row of a batch goes on where
+            that row of the batch before it ended; see `RunningText`.
+
     Attributes:
         source: the dataset.
         seed: orders the training batches (where the dataset shuffles).
         start_batch: index of the batch the next training loader begins with.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, segment_length: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.seed = seed
+        self.segment_length = segment_length
         self.start_batch = 0
         self.source = create_source(config)
         self._tables: dict[str, list[datasets.Dataset]] = {}
+        self._texts: dict[str, RunningText] = {}
 
     def prepare_data(self) -> None:
         """Makes every split in the datasets cache; Lightning calls it in one process per machine."""
         for split in SPLITS:
             self.source.load(split)
 
-    def train_dataloader(self) -> BatchStream | DataLoader:
+    def bytes_per_label(self, split: str) -> float | None:
+        """Bytes of text that a label of the split's batches stands for; None where the data are no text."""
+        return self.source.bytes_per_label(split, None if self.segment_length is None else self._text(split).windows)
+
+    def train_dataloader(self) -> EndlessBatches | DataLoader:
         """The endless stream of training batches, from `start_batch` on.
 
         Raises:
@@ -195,14 +222,14 @@ class DataModule(lightning.LightningDataModule):
             raise ConfigError(
                 f"data.batch_size={self.source.batch_size} cannot be shared by {world_size} devices: choose a multiple"
             )
-        stream = BatchStream(
-            self._load("train"),
-            self.source.batch_size,
-            seed=self.seed if self.source.shuffle else None,
-            start=self.start_batch,
-            rank=rank,
-            world_size=world_size,
-        )
+        seed = self.seed if self.source.shuffle else None
+        stream: EndlessBatches
+        if self.segment_length is None:
+            table, size = self._load("train"), self.source.batch_size
+            stream = BatchStream(table, size, seed=seed, start=self.start_batch, rank=rank, world_size=world_size)
+        else:
+            text = self._text("train")
+            stream = RunningStream(text, seed=seed, start=self.start_batch, rank=rank, world_size=world_size)
         if not self.config.num_workers:
             return stream
         # An own generator, because a DataLoader without one draws from torch's global random state.
@@ -220,12 +247,22 @@ class DataModule(lightning.LightningDataModule):
 
     def _evaluation(self, split: str) -> EvalBatches:
         rank, world_size = self._place()
+        if self.segment_length is not None:
+            return RunningEval(self._text(split), rank=rank, world_size=world_size)
         return EvalBatches(self._load(split), self.source.eval_batch_size, rank=rank, world_size=world_size)
 
     def _load(self, split: str) -> list[datasets.Dataset]:
         if split not in self._tables:
             self._tables[split] = self.source.load(split)
         return self._tables[split]
+
+    def _text(self, split: str) -> RunningText:
+        if split not in self._texts:
+            assert self.segment_length is not None
+            rows = self.source.batch_size if split == "train" else self.source.eval_batch_size
+            wanted = self.config.examples(split)
+            self._texts[split] = RunningText(self.source.windows(split), rows, self.segment_length, wanted)
+        return self._texts[split]
 
     def _place(self) -> tuple[int, int]:
         """This process among all that share the batches: (rank, number of processes)."""

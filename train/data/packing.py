@@ -26,9 +26,9 @@ def pack(documents: Iterable[tuple[np.ndarray, np.ndarray]], seq_len: int) -> It
         seq_len: tokens per window, at least 1.
 
     Yields:
-        Rows: `inputs`, `targets` (ignored: -100), `segment_ids`, each (seq_len,) int64, and `target_bytes` (), the
-        bytes that the window's targets stand for. The last window is filled up with token 0 as a segment of its own,
-        its targets ignored.
+        Rows: `inputs`, `targets` (ignored: -100), `segment_ids`, each (seq_len,) int64; `document` (), the number among
+        all of the window's first document; and `target_bytes` (), the bytes that the window's targets stand for. The
+        last window is filled up with token 0 as a segment of its own, its targets ignored.
     """
     parts: list[np.ndarray] = []
     held = 0
@@ -68,5 +68,6 @@ def _windows(stream: np.ndarray, seq_len: int) -> Iterator[dict[str, np.ndarray]
             "inputs": inputs,
             "targets": targets,
             "segment_ids": numbers - numbers[0],
+            "document": numbers[0],
             "target_bytes": sizes.sum(),
         }

@@ -6,6 +6,7 @@ Shape letters: B sequences, L tokens per sequence.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,43 @@ Batch = dict[str, Any]
 IGNORE = -100
 """Target of a position that is neither learnt nor scored."""
 SLICE_PREFIX = "slice_"
-_SEQUENCES = ("inputs", "targets", "segment_ids")
+SEQUENCES = ("inputs", "targets", "segment_ids")
 
 
-class BatchStream(IterableDataset):
+class EndlessBatches(IterableDataset, ABC):
+    """Training batches without end; batch i is a function of i and of the arguments of a subclass alone.
+
+    Args:
+        start: index of the first batch to give.
+        rank: this process gets rows rank, rank + world_size, ... of each batch.
+        world_size: number of processes that share each batch; divides the number of its rows.
+    """
+
+    def __init__(self, *, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__()
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    @abstractmethod
+    def whole(self, index: int) -> Batch:
+        """Batch `index`, the rows of all processes."""
+
+    def batch(self, index: int) -> Batch:
+        """This process's share of batch `index`, with the `digest` of the whole batch."""
+        whole = self.whole(index)
+        return _rows(whole, slice(self.rank, None, self.world_size)) | {"digest": digest(whole)}
+
+    def __iter__(self) -> Iterator[Batch]:
+        # The loader takes the workers' batches in turn, so worker w of n must give batches w, w + n, ...
+        worker = get_worker_info()
+        index, step = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
+        while True:
+            yield self.batch(index)
+            index += step
+
+
+class BatchStream(EndlessBatches):
     """Endless training batches; batch i is a function of (tables, batch size, seed, i) alone.
 
     An epoch has every row once, in batches of one table each. The last batch of a table is filled up with rows from
@@ -52,17 +86,14 @@ class BatchStream(IterableDataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(start=start, rank=rank, world_size=world_size)
         self.tables = tables
         self.batch_size = batch_size
         self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
         self._slots = [(table, first) for table, rows in enumerate(tables) for first in range(0, len(rows), batch_size)]
 
-    def batch(self, index: int) -> Batch:
-        """This process's share of batch `index`, with the `digest` of the whole batch."""
+    def whole(self, index: int) -> Batch:
+        """Batch `index`, the rows of all processes."""
         epoch, position = divmod(index, len(self._slots))
         order = _order(self.seed, epoch, 0, len(self._slots))
         table, first = self._slots[position if order is None else order[position]]
@@ -70,16 +101,7 @@ class BatchStream(IterableDataset):
         permutation = _order(self.seed, epoch, 1 + table, len(self.tables[table]))
         if permutation is not None:
             rows = permutation[rows]
-        whole = to_batch(self.tables[table][rows])
-        return _rows(whole, slice(self.rank, None, self.world_size)) | {"digest": digest(whole)}
-
-    def __iter__(self) -> Iterator[Batch]:
-        # The loader takes the workers' batches in turn, so worker w of n must give batches w, w + n, ...
-        worker = get_worker_info()
-        index, step = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
-        while True:
-            yield self.batch(index)
-            index += step
+        return to_batch(self.tables[table][rows])
 
 
 class EvalBatches:
@@ -105,10 +127,13 @@ class EvalBatches:
         return sum(-(-len(table) // self.batch_size) for table in self.tables)
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self._share, self.whole())
+
+    def whole(self) -> Iterator[Batch]:
+        """The batches, the rows of all processes."""
         for table in self.tables:
             for first in range(0, len(table), self.batch_size):
-                whole = to_batch(table[first : first + self.batch_size])
-                yield self._share(whole)
+                yield to_batch(table[first : first + self.batch_size])
 
     def _share(self, whole: Batch) -> Batch:
         size = len(whole["inputs"])
@@ -140,7 +165,7 @@ class BatchHash:
 def digest(batch: Batch) -> str:
     """SHA-256 of a batch's `inputs`, `targets` and, if any, `segment_ids`, in hexadecimal digits."""
     total = hashlib.sha256()
-    for name in _SEQUENCES:
+    for name in SEQUENCES:
         if name in batch:
             array = batch[name].cpu().numpy().astype("<i8")
             total.update(f"{name}{array.shape}".encode())
@@ -151,7 +176,7 @@ def digest(batch: Batch) -> str:
 def to_batch(table: Any) -> Batch:
     """Rows of a `pyarrow.Table` (columns as in `Source`) as a batch of int64 tensors."""
     columns = {name: _to_tensor(table[name]) for name in table.column_names}
-    batch: Batch = {name: columns[name] for name in _SEQUENCES if name in columns}
+    batch: Batch = {name: columns[name] for name in SEQUENCES if name in columns}
     batch["slices"] = {
         name.removeprefix(SLICE_PREFIX): column for name, column in columns.items() if name.startswith(SLICE_PREFIX)
     }
@@ -167,7 +192,7 @@ def _to_tensor(column: Any) -> Tensor:
 
 
 def _rows(batch: Batch, rows: slice | Tensor) -> Batch:
-    sequences = {name: batch[name][rows] for name in _SEQUENCES if name in batch}
+    sequences = {name: batch[name][rows] for name in SEQUENCES if name in batch}
     return sequences | {"slices": {name: values[rows] for name, values in batch["slices"].items()}}
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 # Part of what the cache is found by: raise it whenever the packed rows of the same corpus change.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(kw_only=True)
@@ -80,6 +80,7 @@ class PackedText(Source[PackedConfigT]):
         codec: what makes them tokens.
     """
 
+    running = True
     # A few minutes on two CPU cores; a small model is well below 3 bits per byte of source code by then.
     recipe = Recipe(max_steps=1_000, lr=3e-3)
 
@@ -95,20 +96,21 @@ class PackedText(Source[PackedConfigT]):
         self.slice_values = {}
         self.levels = {}
 
-    def load(self, split: str) -> list[datasets.Dataset]:
-        """The windows of a split, as one table.
+    def windows(self, split: str) -> datasets.Dataset:
+        """All windows of a split, in the order of the text.
 
         Raises:
             DataError: the split has less text than one window, or documents of one token alone.
         """
         seq_len = self.config.seq_len
         inputs, targets = token_types(self.codec.vocab_size)
-        windows = build(
+        return build(
             _windows,
             {
                 "inputs": (inputs, seq_len),
                 "targets": (targets, seq_len),
                 "segment_ids": (np.min_scalar_type(seq_len).name, seq_len),
+                "document": ("int64", None),
                 "target_bytes": ("int64", None),
             },
             corpus=self.corpus,
@@ -117,18 +119,26 @@ class PackedText(Source[PackedConfigT]):
             seq_len=seq_len,
             format=FORMAT,
         )
-        wanted = self.config.examples(split)
+
+    def load(self, split: str) -> list[datasets.Dataset]:
+        """The windows of a split that are asked for, as one table.
+
+        Raises:
+            DataError: as in `windows`.
+        """
+        windows, wanted = self.windows(split), self.config.examples(split)
         if wanted is None or wanted >= len(windows):
             return [windows]
         return [windows.select(np.linspace(0, len(windows) - 1, wanted).round().astype(np.int64))]
 
-    def bytes_per_label(self, split: str) -> float:
-        """Bytes that the split's targets stand for, by the number of its targets; exactly 1 for bytes.
+    def bytes_per_label(self, split: str, windows: datasets.Dataset | None = None) -> float:
+        """Bytes that the targets of these windows stand for, by their number; exactly 1 for bytes.
 
         Raises:
-            DataError: the windows that are kept have no targets.
+            DataError: the windows have no targets.
         """
-        (windows,) = self.load(split)
+        if windows is None:
+            (windows,) = self.load(split)
         sizes = windows[:]["target_bytes"].to_numpy().sum()
         labels = sum(
             int((batch["targets"].combine_chunks().flatten().to_numpy() >= 0).sum())

@@ -295,6 +295,13 @@ class Attention(Mixer):
         """Starts a new document in those rows: what is cached stays, and is no longer seen."""
         return state._replace(start=torch.where(rows, state.position, state.start))
 
+    def trim_state(self, state: Any) -> Any:
+        """Without the keys that lie before the document of every row; looks at numbers, for which a GPU waits."""
+        forget = state.k.shape[1] - int((state.position - state.start).max())
+        if forget <= 0:
+            return state
+        return state._replace(k=state.k[:, forget:].clone(), v=state.v[:, forget:].clone())
+
     def flops(self, seq_len: int) -> int:
         """Two projections, and two products for each key that a query sees."""
         projections = self.qkv_proj.weight.numel() + self.out_proj.weight.numel()

@@ -107,6 +107,10 @@ class CachedAttention(Attention):
         """Starts a new document in those rows."""
         return super().reset_state(state, rows) if self.policy is None else self.policy.reset_state(state, rows)
 
+    def trim_state(self, state: Any) -> Any:
+        """A policy decides itself what it keeps."""
+        return super().trim_state(state) if self.policy is None else state
+
     def state_size(self, seq_len: int) -> int:
         """What the policy keeps, or all."""
         return super().state_size(seq_len) if self.policy is None else self.policy.state_size(self, seq_len)
