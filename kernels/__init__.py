@@ -22,6 +22,8 @@ else:
     from zoo.kernels.backends import describe, used
     from zoo.kernels.causal_conv1d.op import causal_conv1d
     from zoo.kernels.causal_conv1d.op import flops as causal_conv1d_flops
+    from zoo.kernels.landmark_attention.op import flops as landmark_attention_flops
+    from zoo.kernels.landmark_attention.op import landmark_attention
     from zoo.kernels.linear.op import flops as linear_flops
     from zoo.kernels.linear.op import linear
     from zoo.kernels.relative_attention.op import flops as relative_attention_flops
@@ -49,6 +51,8 @@ else:
         "causal_conv1d_flops",
         "dense_weights",
         "describe",
+        "landmark_attention",
+        "landmark_attention_flops",
         "linear",
         "linear_flops",
         "relative_attention",

@@ -39,9 +39,13 @@ inlined = njit(**OPTIONS, forceinline=True)
 def jit(function: Any) -> Any:
     """Decorates a kernel: compiled at its first call, then kept on disk."""
     # Numba's cache watches the kernel's own file alone; under a name with a digest of the files that it builds on, the
-    # kernel is compiled again when a constant of its folder, or the vectors and small matrices below it, change.
-    folder = Path(function.__code__.co_filename).parent
-    sources = b"".join(path.read_bytes() for path in [*_BELOW, *sorted(folder.glob("*.py"))])
+    # kernel is compiled again when a constant of its folder, or of one that its file takes kernels from, or the vectors
+    # and small matrices below them change.
+    used = (getattr(value, "py_func", None) for value in function.__globals__.values())
+    paths = [Path(f.__code__.co_filename) for f in used if f is not None]
+    folders = {path.parent for path in paths if path not in _BELOW} | {Path(function.__code__.co_filename).parent}
+    files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+    sources = b"".join(path.read_bytes() for path in [*_BELOW, *files])
     function.__qualname__ += f"_{zlib.crc32(sources):08x}"
     return njit(**OPTIONS, cache=True)(function)
 
