@@ -15,6 +15,7 @@ from zoo.registry import architecture, list_models
 
 USAGE = "usage: zoo list [--pretrained] [PATTERN]      for example: zoo list 'rwkv*'"
 VOCABULARY, SHORT, LONG = 256, 1_024, 65_536
+WIDE = 160
 
 
 def main() -> None:
@@ -63,16 +64,17 @@ def main() -> None:
 
 def _print_variants(names: list[str]) -> None:
     """A row for each variant that `zoo.load_pretrained` knows by name."""
-    table = Table(title="zoo.load_pretrained(name): those bundled with the package, and public ones on the hub.")
-    table.title_justify = "left"
-    for heading, where in (("name", "left"), ("architecture", "left"), ("parameters", "right"), ("context", "right")):
+    table = Table(title="zoo.load_pretrained(name): bundled with the package, or public on the hub.", box=None)
+    table.title_justify, table.padding, table.pad_edge = "left", (0, 2, 0, 0), False
+    for heading, where in (("name", "left"), ("family", "left"), ("size", "right"), ("context", "right")):
         table.add_column(heading, justify=where, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("licence", no_wrap=True)
     table.add_column("from", overflow="fold")
     for row in (variants()[name] for name in names):
-        size, context = f"{row.parameters:,}", f"{row.context:,}"
-        table.add_row(row.name, row.family, size, context, row.licence, row.hub_id or "bundled")
-    Console().print(table)
+        size = f"{row.parameters / 1e9:.2f} B" if row.parameters >= 1e9 else f"{row.parameters / 1e6:.3g} M"
+        table.add_row(row.name, row.family, size, f"{row.context:,}", row.licence, row.hub_id or "bundled")
+    # A pipe or a file has no width that a row would have to fit.
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _opened(file: Path) -> Iterator[tuple[Mapping[str, Entry], Read]]:
 
 def _fill(tensor: Tensor, source: io.FileIO) -> None:
     """Reads a tensor's bytes straight into its memory: a mapped file would take a fault for each of its pages too."""
-    view, at = memoryview(tensor.flatten().view(torch.uint8).numpy()), 0
+    view, at = memoryview(tensor.flatten().view(torch.uint8).numpy()), 0  # type: ignore[arg-type]
     while at < len(view):
         size = source.readinto(view[at:])
         if not size:
