@@ -1,0 +1,159 @@
+"""What was compared, and how far it was the same for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from zoo.eval.report import words
+from zoo.eval.report.blocks import Cell, Column, Points, Section, Table, Text, figure, missing
+from zoo.eval.report.results import Comparison, Contestant, number
+
+_MATCHED = {"params": "parameters", "flops": "forward FLOPs per token", "state": "bytes of state"}
+_CLOSE = 0.01
+
+
+@dataclass(frozen=True)
+class SameBatches:
+    """What the hashes of one seed's batches say."""
+
+    seed: str
+    hash: str
+    """Of the batches that all runs have had, or of each where they differ."""
+    after: int | None
+    """The number of those batches, where runs ended at different ones; None: all of them."""
+    equal: bool | None
+    """None: it cannot be told."""
+
+
+def same_batches(comparison: Comparison) -> list[SameBatches]:
+    """Holds the hashes of the training batches against each other, seed by seed."""
+    found = []
+    for seed in comparison.seeds:
+        cells = [cell for cell in comparison.cells if cell.seed == seed and cell.finished]
+        hashes = sorted({cell.values.get("batch_hash") or "" for cell in cells})
+        if len(hashes) <= 1:
+            whole = hashes[0] if hashes else ""
+            if cells:
+                found.append(SameBatches(seed, whole, None, True if whole else None))
+            continue
+        # Runs that stopped earlier have another hash; each wrote down those after 1, 2, 4, 8, ... batches.
+        starts = [comparison.summary(cell).get("batch_hash_after") or {} for cell in cells]
+        common = set.intersection(*(set(start) for start in starts))
+        after = max((int(count) for count in common), default=None)
+        ends = sorted({start[str(after)] for start in starts}) if after is not None else hashes
+        equal = None if after is None else len(ends) == 1
+        found.append(SameBatches(seed, ", ".join(ends), after, equal))
+    return found
+
+
+def section(comparison: Comparison) -> Section:
+    """The section."""
+    blocks: list[Any] = [Points(_points(comparison))]
+    batches = same_batches(comparison)
+    if any(one.equal is False for one in batches):
+        seeds = words.listing([one.seed for one in batches if one.equal is False])
+        blocks.insert(0, Text(f"Not fair: with seed {seeds} the runs were not given the same batches.", warning=True))
+    blocks.append(_table(comparison))
+    return Section("fair", "What was compared, and how it was kept fair", blocks)
+
+
+def _points(comparison: Comparison) -> list[str]:
+    info = comparison.info
+    data = info.get("data", {})
+    length = f", {comparison.length:,} tokens per example" if comparison.length else ""
+    facts = ", ".join(f"{key} {value}" for key, value in (data.get("facts") or {}).items() if key != "seq_len")
+    found = [
+        f"Task: {comparison.data}{length}{f' ({facts})' if facts else ''}. "
+        f"Judged by {comparison.metric.title}, {'higher' if comparison.metric.higher_is_better else 'lower'} is better."
+    ]
+    if comparison.levels:
+        named = [f"{name} {value:.3f}" for name, value in comparison.levels.items()]
+        found.append(f"Values that show no skill, drawn in the charts: {words.listing(named)}.")
+    if not comparison.trained:
+        return [*found, "Nothing was trained: finished models were evaluated. They may have seen other data before."]
+    found.append(_batches_line(comparison))
+    found.append(_budget_line(comparison))
+    rates = [words.rate(float(lr)) for lr in info.get("lrs") or []]
+    picked = "The learning rate was picked by the median over seeds on validation data"
+    if rates:
+        picked = f"Each was trained at the learning rates {words.listing(rates)}. {picked}"
+    elif rates_of := {cell.lr for cell in comparison.cells if cell.lr is not None}:
+        picked = f"{words.many(len(rates_of), 'learning rate')} in all were tried. {picked}"
+    found.append(f"{picked}, for each architecture by itself. A larger grid may find better ones.")
+    found.append(
+        f"{words.many(len(comparison.seeds), 'seed')}: {', '.join(comparison.seeds)}. A seed decides the first weights "
+        f"and the order of the batches."
+    )
+    found.append(
+        "Test data are apart from training and validation. Each run read them once, after training, with the weights "
+        "of its best validation; nothing was chosen by them."
+    )
+    return found
+
+
+def _batches_line(comparison: Comparison) -> str:
+    batches = same_batches(comparison)
+    if not batches or any(one.equal is None for one in batches):
+        return "Whether all had the same batches is not known: hashes are missing."
+    if not all(one.equal for one in batches):
+        return "The batches were not the same for all, as their hashes show."
+    parts = [one.after for one in batches if one.after is not None]
+    if parts:
+        return (
+            f"Same batches in the same order for all with the same seed, proven by a hash over the first "
+            f"{words.many(min(parts), 'batch').replace('batchs', 'batches')} (runs ended at different steps)."
+        )
+    return "Same batches in the same order for all with the same seed, proven by a hash over all of them."
+
+
+def _budget_line(comparison: Comparison) -> str:
+    matches = [who.match for who in comparison.contestants if who.match]
+    by = next((match.get("by") for match in matches), None)
+    if by in (None, "none"):
+        return "No budget was matched: each has the size that its settings give it."
+    gaps = [abs(gap) for match in matches if (gap := number(match.get("mismatch"))) is not None]
+    target = number(matches[0].get("target"))
+    of = f" of {words.size(target) if by == 'state' else words.short(target)}" if target else ""
+    left = f"; the largest mismatch left is {words.percent(max(gaps))}" if gaps else ""
+    return (
+        f"Same budget: {_MATCHED.get(str(by), str(by))}{of}, reached by choosing width (and depth where needed){left}."
+    )
+
+
+def _table(comparison: Comparison) -> Table:
+    lengths = sorted({length for who in comparison.contestants for length in who.state_bytes})
+    columns = [
+        Column("architecture", number=False),
+        Column("parameters"),
+        Column("FLOPs per token", "forward, counted at the task's length"),
+        *(Column(f"state at {length:,}", "bytes after so many tokens") for length in lengths),
+        Column("mismatch", "of what was matched"),
+        Column("size", number=False),
+        Column("notes", number=False),
+    ]
+    rows = [
+        [
+            Cell(who.label, look=who.index, heading=True),
+            figure(who.params, words.count),
+            figure(who.flops_per_token, words.short),
+            *(figure(who.state_bytes.get(length), words.size) for length in lengths),
+            _mismatch(who),
+            Cell(_shape(who)),
+            Cell("; ".join(who.notes)),
+        ]
+        for who in comparison.contestants
+    ]
+    return Table("Who took part", columns, rows)
+
+
+def _mismatch(who: Contestant) -> Cell:
+    gap = number(who.match.get("mismatch"))
+    if gap is None:
+        return missing()
+    return Cell(words.percent(gap), abs(gap), note="" if abs(gap) <= _CLOSE else "more than 1 %")
+
+
+def _shape(who: Contestant) -> str:
+    keys = ("d_model", "n_layers", "n_heads", "d_state", "d_ff", "window")
+    return ", ".join(f"{key} {who.settings[key]}" for key in keys if who.settings.get(key) is not None)
