@@ -92,6 +92,7 @@ def test_stored_in_a_smaller_type(folder) -> None:
     assert (folder / "model.safetensors").stat().st_size < 0.7 * size
     rounded = zoo.load_pretrained(folder)
     for name, weights in exact.state_dict().items():
+        assert rounded.state_dict()[name].dtype == torch.float32
         assert torch.equal(rounded.state_dict()[name], weights.bfloat16().float())
     assert zoo.load_pretrained(folder, dtype=torch.float16).norm.weight.dtype == torch.float16
     with pytest.raises(ConfigError, match="stored_dtype has no word in transformers"):
