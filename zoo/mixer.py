@@ -17,6 +17,36 @@ class NoState(NamedTuple):
     """The state of a mixer that remembers nothing, such as a feed-forward."""
 
 
+class Wrapper(nn.Module):
+    """What an architecture has around its blocks where they read more tokens than the model does (`landmark`).
+
+    The mixers get no segment ids then: what they must know of the tokens, the wrapper leaves in `shared`.
+    """
+
+    def insert(self, x: Tensor, positions: Tensor, shared: dict[str, Any], *, carried: bool, packed: bool) -> Tensor:
+        """What the blocks read.
+
+        Args:
+            x: The embedded tokens, (B, T, D).
+            positions: Place of each token in its document, (B, T).
+            shared: See `Mixer.shares`.
+            carried: Whether there is a state.
+            packed: Whether a row may hold several documents.
+
+        Returns:
+            (B, T', D).
+        """
+        raise NotImplementedError
+
+    def remove(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
+        """What the blocks made of the model's own tokens: (B, T', D) to (B, T, D)."""
+        raise NotImplementedError
+
+    def length(self, seq_len: int) -> int:
+        """How many tokens the blocks read of a sequence of `seq_len`."""
+        raise NotImplementedError
+
+
 class Mixer(nn.Module):
     """A residual sublayer: mixes information along time (attention, a recurrence) or along channels (a feed-forward).
 
@@ -37,6 +67,11 @@ class Mixer(nn.Module):
         nn.init.normal_(embedding.weight, std=0.02)
         if head is not None:
             nn.init.normal_(head.weight, std=0.02)
+
+    @classmethod
+    def make_wrapper(cls, config: Any) -> Wrapper | None:
+        """What stands around the blocks; by default nothing."""
+        return None
 
     learning_rate_factor = 1.0
     """The learning rate that suits the architecture over the one a dataset recommends; used where none is given."""

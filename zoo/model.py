@@ -87,6 +87,7 @@ class Model(nn.Module):
         self.positions = None if config.max_positions is None else nn.Embedding(config.max_positions, config.d_model)
         self.embedding_norm = config.make_norm() if config.embedding_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(_sublayers(arch, config, layer), config) for layer in range(config.n_layers))
+        self.wrapper = arch.mixer.make_wrapper(config)
         self.norm = nn.Identity() if config.post_norm else config.make_norm()
         self.transform = None if config.mlm_head is None else Transform(config, config.mlm_head)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
@@ -163,17 +164,24 @@ class Model(nn.Module):
         if state is not None and segment_ids is not None:
             state = self._enter_segments(state, segment_ids[:, 0])
         x = self.embedding(tokens)  # (B, T, D)
-        positions = None if self.positions is None and state is None else _positions(tokens, state, segment_ids)
+        counted = self.positions is not None or self.wrapper is not None or state is not None
+        positions = _positions(tokens, state, segment_ids) if counted else None
         if self.positions is not None and positions is not None:
             self._check_positions(positions)
             x = x + self.positions(positions)
         x = self.embedding_norm(x)
         if global_tokens is not None:
             shared["global_tokens"] = global_tokens
+        ids = segment_ids
+        if self.wrapper is not None and positions is not None:
+            carried, packed, ids = state is not None, segment_ids is not None, None
+            x = self.wrapper.insert(x, positions, shared, carried=carried, packed=packed)
         next_layers = []
         for i, block in enumerate(self.blocks):
-            x, next_states = block(x, None if state is None else state.layers[i], segment_ids, shared)
+            x, next_states = block(x, None if state is None else state.layers[i], ids, shared)
             next_layers.append(next_states)
+        if self.wrapper is not None:
+            x = self.wrapper.remove(x, shared)
         x = self.norm(x)
         if state is None or positions is None:
             return x, None
@@ -228,7 +236,8 @@ class Model(nn.Module):
 
     def flops(self, seq_len: int) -> int:
         """Declared forward FLOPs (2 per multiply-add) for one sequence of `seq_len` tokens, head included."""
-        blocks = sum(mixer.flops(seq_len) for mixers in self.mixers() for mixer in mixers)
+        read = self._read_length(seq_len)
+        blocks = sum(mixer.flops(read) for mixers in self.mixers() for mixer in mixers)
         transform = 0 if self.transform is None else 2 * seq_len * self.config.d_model**2
         return blocks + transform + 2 * seq_len * self.config.d_model * self.config.vocab_size
 
@@ -236,11 +245,15 @@ class Model(nn.Module):
         """Declared elements of the state of one sequence after `seq_len` tokens, two numbers of the shell included."""
         if not self.config.causal:
             return 0
-        return 2 + sum(mixer.state_size(seq_len) for mixers in self.mixers() for mixer in mixers)
+        read = self._read_length(seq_len)
+        return 2 + sum(mixer.state_size(read) for mixers in self.mixers() for mixer in mixers)
 
     def mixers(self) -> list[list[Mixer]]:
         """The residual sublayers of each block, in order."""
         return [cast("list[Mixer]", list(cast(Block, block).mixers)) for block in self.blocks]
+
+    def _read_length(self, seq_len: int) -> int:
+        return seq_len if self.wrapper is None else self.wrapper.length(seq_len)
 
     def _enter_segments(self, state: ModelState, segment: Tensor) -> ModelState:
         """Resets the rows whose next token begins another document than the one the state belongs to."""
