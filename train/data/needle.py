@@ -18,18 +18,18 @@ R needles of one key, E tokens of a key, D tokens of a value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from zoo.settings import setting
 from zoo.train.data.base import register_data
+from zoo.train.data.draws import DEPTHS, Draws, depth
 from zoo.train.data.stream import IGNORE
-from zoo.train.data.synthetic import Draws, Examples, Synthetic, SyntheticConfig
+from zoo.train.data.synthetic import Examples, Synthetic, SyntheticConfig, levels_of
 from zoo.train.recipe import Recipe
 
 PAD, NEEDLE, QUERY, FIRST_FILLER = range(4)
-DEPTHS = 10
 FILLERS = ("uniform", "cycle", "markov")
 _STEPS = (1, 3, 4, 9)
 _CYCLE = 16
@@ -67,12 +67,7 @@ class NeedleConfig(SyntheticConfig):
 
     def shortest(self) -> int:
         """Needles, question and answers without filler."""
-        return shortest(**self.form())
-
-    def form(self) -> dict[str, Any]:
-        """The arguments of `generate` but for the length."""
-        names = ("n_needles", "n_queries", "n_values", "digits", "filler", "filler_ids", "key_ids", "value_ids")
-        return {name: getattr(self, name) for name in names}
+        return shortest(**self.options("train"))
 
 
 @dataclass(kw_only=True)
@@ -154,38 +149,19 @@ def generate(
     return Examples(inputs, targets, {"depth": depth(position, context - width), "position": position})
 
 
-def depth(position: np.ndarray, last: int) -> np.ndarray:
-    """Which tenth of the places from 0 to `last` a position lies in, 0 to 9."""
-    return position * DEPTHS // (last + 1)
-
-
 @register_data("needle", config=NeedleConfig)
 class Needle(Synthetic[NeedleConfig]):
     """Facts in filler, one or some of which are asked for; slices `seq_len`, `depth` and `n_needles`."""
 
     recipe = Recipe(max_steps=3_000, lr=1e-3)
-    marks: ClassVar[tuple[str, ...]] = ("position",)
+    marks = ("position",)
     generate = staticmethod(generate)
 
     def __init__(self, config: NeedleConfig) -> None:
         super().__init__(config)
         self.vocab_size = FIRST_FILLER + config.filler_ids + config.key_ids + config.value_ids
         self.slice_values |= {"depth": list(range(DEPTHS)), "n_needles": [config.n_needles]}
-        self.levels = levels(config.n_needles * config.n_values, config.value_ids)
-
-    def arguments(self, split: str) -> list[dict[str, Any]]:
-        """The settings, at each length."""
-        return [{"seq_len": length, **self.config.form()} for length in self.config.lengths(split)]
-
-    def facts(self) -> dict[str, Any]:
-        """The training length, the needles and the seed of the examples."""
-        return super().facts() | {"n_needles": self.config.n_needles, "filler": self.config.filler}
-
-
-def levels(needles: int, value_ids: int) -> dict[str, float]:
-    """Accuracy of any value, and of the value of any needle; with one needle the latter is no lack of skill."""
-    chance = 1 / value_ids
-    return {"chance": chance} if needles == 1 else {"chance": chance, "plateau": (1 + (needles - 1) * chance) / needles}
+        self.levels = levels_of(config.n_needles * config.n_values, config.value_ids)
 
 
 @register_data("passkey", config=PasskeyConfig)

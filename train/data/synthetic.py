@@ -8,10 +8,9 @@ Shape letters: N rows, L tokens per row.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from zoo.kernels.errors import ConfigError
 from zoo.settings import setting
 from zoo.train.data.base import SPLITS, DataConfig, Source, get_data
 from zoo.train.data.cache import build, token_types
+from zoo.train.data.draws import Draws
 from zoo.train.data.stream import SLICE_PREFIX
 
 if TYPE_CHECKING:
@@ -31,43 +31,6 @@ FORMAT = 1
 _BLOCK = 2**18
 _DRAWS_PER_ROW = 1_000
 _EVAL_TOKENS = 2**16
-
-
-class Draws:
-    """A stream of random numbers, made from raw output, which numpy promises never to change.
-
-    Args:
-        *key: plain values; equal keys give equal streams, in every process.
-    """
-
-    def __init__(self, *key: Any) -> None:
-        entropy = int.from_bytes(hashlib.sha256(repr(key).encode()).digest(), "little")
-        self._bits = np.random.PCG64(np.random.SeedSequence(entropy))
-
-    def integers(self, below: int, *shape: int) -> np.ndarray:
-        """Integers from 0 to below - 1, all equally likely up to a bias of below / 2^64."""
-        return (self._bits.random_raw(shape) % np.uint64(below)).astype(np.int64)
-
-    def events(self, chance: float, *shape: int) -> np.ndarray:
-        """True with a probability of `chance`, each by itself."""
-        return (self._bits.random_raw(shape) >> np.uint64(11)) < int(chance * 2**53)
-
-    def orders(self, rows: int, size: int) -> np.ndarray:
-        """An order of 0 ... size - 1 in each row, (rows, size)."""
-        return np.argsort(self._bits.random_raw((rows, size)), axis=1, kind="stable")
-
-    def distinct(self, below: int, rows: int, size: int) -> np.ndarray:
-        """In each row different integers from 0 to below - 1, in random order, (rows, size), by Floyd's algorithm."""
-        drawn = np.empty((rows, size), dtype=np.int64)
-        for i, largest in enumerate(range(below - size, below)):
-            new = self.integers(largest + 1, rows)
-            taken = (drawn[:, :i] == new[:, None]).any(1)
-            drawn[:, i] = np.where(taken, largest, new)
-        return np.take_along_axis(drawn, self.orders(rows, size), axis=1)
-
-    def one_of(self, allowed: np.ndarray) -> np.ndarray:
-        """In each row one of the columns that are allowed there, (rows,); `allowed` (rows, columns) is boolean."""
-        return np.where(allowed, self._bits.random_raw(allowed.shape) >> np.uint64(1), np.uint64(0)).argmax(1)
 
 
 class Examples(NamedTuple):
@@ -85,7 +48,15 @@ class Examples(NamedTuple):
 
 @dataclass(kw_only=True)
 class SyntheticConfig(DataConfig):
-    """Settings of all generated tasks."""
+    """Settings of all generated tasks.
+
+    A length is always the number of tokens that the model sees. What a task adds become arguments of its generator.
+
+    Attributes:
+        parity: 0 where lengths must be even, 1 where odd; None: any.
+    """
+
+    parity: ClassVar[int | None] = None
 
     num_examples: int | None = setting(
         None, "training examples; null: as many as the recipe's steps take, each seen once", minimum=1
@@ -107,13 +78,21 @@ class SyntheticConfig(DataConfig):
         ):
             self.fail("test_lengths", "expected different numbers, each at least 1")
         self.check()
-        for name, lengths in (("seq_len", self.lengths("train")), ("test_lengths", self.lengths("test"))):
+        for name, split in (("seq_len", "train"), ("test_lengths", "test")):
+            lengths = self.lengths(split)
+            if self.parity is not None and any(length % 2 != self.parity for length in lengths):
+                self.fail(name, f"expected {'odd' if self.parity else 'even'} numbers")
             if min(lengths) < self.shortest():
                 self.fail(name, f"expected at least {self.shortest()} with the other settings as they are")
 
     def lengths(self, split: str) -> list[int]:
         """The lengths of a split, one table each."""
         return self.test_lengths if split == "test" and self.test_lengths is not None else [self.seq_len]
+
+    def options(self, split: str) -> dict[str, Any]:
+        """The arguments of the generator in a split, beside the length: plain numbers and texts."""
+        common = {field.name for field in fields(SyntheticConfig)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
 
     def check(self) -> None:
         """Refuses settings that do not go together, whatever the length.
@@ -125,6 +104,26 @@ class SyntheticConfig(DataConfig):
     def shortest(self) -> int:
         """The least length for which there are sequences."""
         return 1
+
+
+@dataclass(kw_only=True)
+class NextTokenConfig(SyntheticConfig):
+    """Settings of tasks that can be learnt from every next token or from the answers alone."""
+
+    loss_on: str = setting("all", "training labels: all next tokens, or the answer only", choices=("all", "answer"))
+
+    def options(self, split: str) -> dict[str, Any]:
+        """Validation and test ask for the answers alone."""
+        return super().options(split) | ({} if split == "train" else {"loss_on": "answer"})
+
+
+def levels_of(shown: int, ids: int) -> dict[str, float]:
+    """Accuracy of guessing one of all `ids` answers, or, on the plateau, one of the `shown` in the row.
+
+    Where only one is shown, to give it takes all the skill that the task asks for.
+    """
+    chance = 1 / ids
+    return {"chance": chance} if shown == 1 else {"chance": chance, "plateau": (1 + (shown - 1) * chance) / shown}
 
 
 C = TypeVar("C", bound=SyntheticConfig)
@@ -145,7 +144,7 @@ class Synthetic(Source[C]):
     """
 
     format: ClassVar[int] = 1
-    marks: ClassVar[tuple[str, ...]] = ()
+    marks: tuple[str, ...] = ()
     default_examples: ClassVar[dict[str, int]] = {"validation": 256, "test": 512}
 
     def __init__(self, config: C) -> None:
@@ -169,9 +168,9 @@ class Synthetic(Source[C]):
             **arguments: of one table, as `arguments` gives them.
         """
 
-    @abstractmethod
     def arguments(self, split: str) -> list[dict[str, Any]]:
-        """For each table of a split the arguments of `generate`, which are plain numbers and texts."""
+        """For each table of a split the arguments of `generate`."""
+        return [{"seq_len": length, **self.config.options(split)} for length in self.config.lengths(split)]
 
     def load(self, split: str) -> list[datasets.Dataset]:
         """One table per length.
@@ -187,7 +186,7 @@ class Synthetic(Source[C]):
         return [
             build(
                 _rows,
-                {"inputs": (inputs, length), "targets": (targets, length)}
+                {"inputs": (inputs, arguments["seq_len"]), "targets": (targets, arguments["seq_len"])}
                 | {SLICE_PREFIX + name: ("int32", None) for name in (*self.slice_values, *self.marks)},
                 task=self.name,
                 split=split,
@@ -198,12 +197,12 @@ class Synthetic(Source[C]):
                 **arguments,
             )
             for arguments in tables
-            for length in [self.generate(1, Draws(), **arguments).inputs.shape[1]]
         ]
 
     def facts(self) -> dict[str, Any]:
-        """The training length and the seed of the examples."""
-        return {"seq_len": self.config.seq_len, "data_seed": self.config.data_seed}
+        """The training length, the task's settings and the seed of the examples."""
+        config = self.config
+        return {"seq_len": config.seq_len, **config.options("train"), "data_seed": config.data_seed}
 
 
 def examples(task: str, split: str, num_examples: int, data_seed: int, **arguments: Any) -> Iterator[Examples]:
@@ -221,7 +220,7 @@ def examples(task: str, split: str, num_examples: int, data_seed: int, **argumen
                 f"data={task} found {found} {split} examples in {drawn:,} draws, not {num_examples}: "
                 f"ask for longer sequences or more tokens to choose from"
             )
-        block = generate(max(1, _BLOCK // arguments.get("seq_len", 64)), draws, **arguments)
+        block = generate(max(1, _BLOCK // arguments["seq_len"]), draws, **arguments)
         keep = _owners(block.inputs) == SPLITS.index(split)
         if block.valid is not None:
             keep &= block.valid

@@ -1,16 +1,16 @@
-"""Needles: where they lie, what they lie in, and which settings go together; the labels are checked in test_tasks.py."""
+"""Needles: where they lie, what they lie in, and which settings go together. `test_tasks` checks the labels."""
 
 import numpy as np
 import pytest
 
 from zoo.kernels.errors import ConfigError
 from zoo.train.data import IGNORE, NeedleConfig, PasskeyConfig
-from zoo.train.data.needle import DEPTHS, FIRST_FILLER, NEEDLE, QUERY, fill, generate
-from zoo.train.data.synthetic import Draws
+from zoo.train.data.draws import DEPTHS, Draws
+from zoo.train.data.needle import FIRST_FILLER, NEEDLE, QUERY, fill, generate
 
 
 def test_one_needle_is_as_defined():
-    form = PasskeyConfig(seq_len=50).form()
+    form = PasskeyConfig(seq_len=50).options("train")
     inputs, targets, slices, _ = generate(20_000, Draws("rows"), seq_len=50, **form)
     assert (inputs[:, -2] == QUERY).all()
     assert ((inputs == NEEDLE).sum(1) == 1).all()
@@ -25,7 +25,7 @@ def test_one_needle_is_as_defined():
 
 
 def test_the_needle_asked_for_lies_anywhere_among_the_others():
-    form = NeedleConfig().form()
+    form = NeedleConfig().options("train")
     inputs, _, slices, _ = generate(5_000, Draws("rows"), seq_len=128, **form)
     before = (np.cumsum(inputs == NEEDLE, axis=1) - 1)[np.arange(5_000), slices["position"]]
     np.testing.assert_allclose(np.bincount(before) / 5_000, 0.25, atol=0.03)
@@ -34,7 +34,7 @@ def test_the_needle_asked_for_lies_anywhere_among_the_others():
 
 
 def test_the_values_of_one_key_are_asked_in_the_order_in_which_they_stand():
-    form = NeedleConfig(n_needles=2, n_values=3, seq_len=40).form()
+    form = NeedleConfig(n_needles=2, n_values=3, seq_len=40).options("train")
     inputs, targets, _, _ = generate(200, Draws("rows"), seq_len=40, **form)
     for tokens, labels in zip(inputs.tolist(), targets.tolist(), strict=True):
         question = tokens.index(QUERY)
