@@ -21,7 +21,6 @@ import torch
 import zoo
 from zoo.checkpoint import model_folder, read_description
 from zoo.eval.evaluate import evaluate
-from zoo.kernels.errors import ConfigError
 from zoo.pretrained.hub import CARD, model_card
 from zoo.pretrained.tokenizer import find_tokenizer
 from zoo.pretrained.variants import BUNDLED, RECORD
@@ -114,7 +113,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all that are not there yet, each in a process of its own")
     parser.add_argument("words", nargs="*", help="arch=... data=..., then settings of zoo.train")
     args = parser.parse_args()
-    given = dict(word.split("=", 1) for word in args.words)
+    given = {key: value for key, _, value in (word.partition("=") for word in args.words)}
     if args.all:
         for data in [given["data"]] if "data" in given else DATA:
             for arch in [given["arch"]] if "arch" in given else zoo.list_models():
@@ -122,9 +121,7 @@ def main() -> None:
                     subprocess.run([sys.executable, __file__, f"arch={arch}", f"data={data}"], check=False)
         return
     if given.get("data") not in DATA or "arch" not in given:
-        raise ConfigError(
-            f"arguments {args.words} are not understood: expected arch=NAME data={' or data='.join(DATA)}"
-        )
+        parser.error(f"expected arch=NAME data={' or data='.join(DATA)}, got {' '.join(args.words) or 'nothing'}")
     make(given["arch"], given["data"], [word for word in args.words if word.partition("=")[0] not in ("arch", "data")])
 
 
