@@ -182,8 +182,8 @@ def landmark_attention(
     check_tensors("landmark_attention", sizes, q.device, expected)
     if sizes["H"] % sizes["G"]:
         raise ZooError(
-            f"landmark_attention: {sizes['H']} query heads do not divide into {sizes['G']} key/value heads: change H or "
-            "G"
+            f"landmark_attention: {sizes['H']} query heads do not divide into {sizes['G']} key/value heads: "
+            "change H or G"
         )
     if not isinstance(block, int) or block < 1:
         raise ZooError(f"landmark_attention: block is {block!r}, expected a whole number from 1: change block")

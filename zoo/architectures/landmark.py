@@ -1,0 +1,186 @@
+"""Landmark attention (Mohtashami and Jaggi 2023, arXiv 2305.16300): random access to a text of any length.
+
+Behind each block of tokens stands a landmark. A token sees the tokens of other blocks through what it gives to their
+landmarks, and so learns to choose blocks; without gradients it may then read the best few of them only.
+
+Letters: B batch, S slots (tokens and landmarks), C blocks, l block size, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zoo.kernels import landmark_attention, landmark_attention_flops
+from zoo.kernels.errors import DataError
+from zoo.layers.attention import FARTHEST, Attention, AttentionConfig
+from zoo.layers.landmark_memory import LandmarkState, as_slots, grown, remaining
+from zoo.layers.landmark_retrieval import Blocks, Retrieval, retrieve
+from zoo.layers.landmark_tokens import LandmarkTokens, Slots, slots_of, take
+from zoo.mixer import Wrapper
+from zoo.registry import register
+from zoo.settings import setting
+
+
+@dataclass(kw_only=True)
+class LandmarkConfig(AttentionConfig, Retrieval):
+    """Settings of landmark attention."""
+
+    block_size: int = setting(32, "tokens of a block, behind which its landmark stands", minimum=1, maximum=FARTHEST)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k is not None and not self.causal:
+            self.fail("top_k", "expected null where causal=false: blocks are chosen from those that were read before")
+        rotary = self.make_rotary()
+        if rotary is not None and rotary.grows:
+            self.fail("rope_scaling", "expected a type that does not depend on the length: top_k keeps distances short")
+
+
+@register("landmark", config=LandmarkConfig)
+class Landmark(Attention):
+    """Landmark attention: tokens of other blocks are reached through the landmarks at their ends."""
+
+    shares = True
+    state: ClassVar[type] = LandmarkState
+
+    @classmethod
+    def make_wrapper(cls, config: LandmarkConfig) -> Wrapper:
+        """What inserts the landmarks."""
+        return LandmarkTokens(config.d_model, config.block_size, config.causal)
+
+    def __init__(self, config: LandmarkConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.block_size, self.layer = config.block_size, layer
+        self.retrieval: Retrieval = config
+
+    def forward(
+        self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None, shared: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Any]:
+        """Maps (B, S, D) to (B, S, D); see `Mixer.forward`.
+
+        Where no gradients are recorded, a token reads `top_k` blocks, in whole sequences and with a state alike. Shows,
+        under `Model.diagnose`, `retrieved/<layer>`: the numbers in the document of the blocks that each token read,
+        (B, T, H, k), or (B, T, k) where tokens choose, -1 for none; without `top_k` `landmark_weights/<layer>`: what
+        it gave to each block of its document before its own, (B, T, H, C).
+        """
+        if state is not None and (not isinstance(state, self.state) or state.k.shape[2] != self.block_size):
+            raise DataError(
+                f"the state is a {type(state).__name__}, of another model or block_size: begin with one from init_state"
+            )
+        slots = slots_of(shared)
+        qk, v = self._project(x)
+        shows = (shared or {}).get("diagnostics")
+        if state is None and not self._retrieves(qk):
+            qk = self._rotated(qk, slots.places)
+            q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
+            y = self._see_all(q, k, v, slots, 0, shows)
+            return self.out_proj(y.flatten(2)), None
+        q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
+        held = self.init_state(x.shape[0], device=x.device, dtype=k.dtype) if state is None else state
+        after = grown(held, k, v, slots)
+        if self._retrieves(qk):
+            y = self._read_few(q, after, slots, shows)
+        else:
+            old_k, old_v, places = as_slots(held, slots)
+            seen = torch.cat((self._rotated(old_k, places), self._rotated(k, slots.places)), dim=1)
+            q = self._rotated(q, slots.places)
+            y = self._see_all(q, seen, torch.cat((old_v, v), dim=1), slots, old_k.shape[1], shows)
+        return self.out_proj(y.flatten(2)), None if state is None else remaining(after, slots)
+
+    def _retrieves(self, qk: Tensor) -> bool:
+        return self.retrieval.top_k is not None and not (torch.is_grad_enabled() and qk.requires_grad)
+
+    def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
+        return x if self.rotary is None else self.rotary(x, places)
+
+    def _see_all(
+        self, q: Tensor, k: Tensor, v: Tensor, slots: Slots, before: int, shows: dict[str, Tensor] | None
+    ) -> Tensor:
+        """Attends to all blocks; `before` keys stand in front of those of the slots."""
+        at, begins, ends = slots.queries(before)
+        y, lse = landmark_attention(
+            q, k, v, at, begins, ends, block=self.block_size, backend=self.backend, return_lse=True
+        )
+        if shows is not None:
+            shows[f"landmark_weights/{self.layer}"] = self._weights(q, k, lse, slots, begins)
+        return y
+
+    def _weights(self, q: Tensor, k: Tensor, lse: Tensor, slots: Slots, begins: Tensor) -> Tensor:
+        """What tokens gave to the landmarks of the blocks of their documents, (B, T, H, C)."""
+        size = self.block_size + 1
+        number = torch.arange(int(slots.places.max()) // size + 1, device=q.device)  # (C,)
+        q, begins, own = take(q, slots.at), take(begins.expand_as(slots.places), slots.at), take(slots.places, slots.at)
+        marks = begins[..., None] + number * size + self.block_size  # (B, T, C)
+        logits = torch.einsum("bthk,bshk->bths", q, k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2))
+        index = marks.clamp(0, k.shape[1] - 1)[:, :, None].expand(-1, -1, self.n_heads, -1)
+        logits = logits.gather(3, index) * self.head_dim**-0.5
+        weights = (logits - take(lse.transpose(1, 2), slots.at)[..., None]).exp()
+        return weights.masked_fill((number >= own[..., None] // size)[:, :, None], 0.0)
+
+    def _read_few(self, q: Tensor, state: LandmarkState, slots: Slots, shows: dict[str, Tensor] | None) -> Tensor:
+        """Attends to the own block, and to those that are chosen from a state that has grown."""
+        size = self.block_size + 1
+        places, offsets = slots.places.clamp(min=0), slots.places.clamp(min=0) % size
+        begins_at = state.last_k.shape[1] - places.shape[1]  # the tokens of the block that was not whole
+        own = slots.queries(begins_at)[0]
+        last = torch.arange(-begins_at, 0, device=q.device) + offsets[:, :1]  # (B, R)
+        k = self._rotated(state.last_k, torch.cat((last, offsets), dim=1))
+        y, lse = landmark_attention(
+            self._rotated(q, offsets),
+            k,
+            state.last_v,
+            own,
+            (own - offsets).clamp(min=0),
+            block=self.block_size,
+            backend=self.backend,
+            return_lse=True,
+        )
+        lse = lse.transpose(1, 2)  # (B, S, H)
+        chosen = torch.full((*q.shape[:3], 0), -1, device=q.device)
+        if state.k.shape[1]:
+            before = state.k.shape[1] - slots.marks.sum(1).max() + slots.marks.cumsum(1) - slots.marks.long()
+            blocks = Blocks(*state[:3], before, places // size, offsets)
+            drawn, other, chosen = retrieve(q, blocks, self.retrieval, self.rotary, self.head_dim**-0.5)
+            share = torch.sigmoid((other - lse).nan_to_num(-torch.inf))[..., None]  # (B, S, H, 1)
+            y = torch.lerp(y, drawn.to(y.dtype), share.to(y.dtype))
+        if shows is not None:
+            chosen = take(chosen, slots.at)
+            shows[f"retrieved/{self.layer}"] = chosen[:, :, 0] if self.retrieval.retrieval == "token" else chosen
+        return y
+
+    def init_state(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> LandmarkState:
+        """Nothing read."""
+        held = self.retrieval.memory_device or device
+        one = (self.n_kv_heads, self.head_dim)
+        shapes = [(0, *one), (0, self.block_size, *one), (0, self.block_size, *one), (0, *one), (0, *one)]
+        devices = (device, held, held, device, device)
+        return LandmarkState(
+            *(torch.zeros(batch_size, *s, device=d, dtype=dtype) for s, d in zip(shapes, devices, strict=True))
+        )
+
+    def reset_state(self, state: LandmarkState, rows: Tensor) -> LandmarkState:
+        """As it is: the places of the next tokens tell that what was read is of another document."""
+        return state
+
+    def trim_state(self, state: LandmarkState) -> LandmarkState:
+        """As it is: blocks of other documents leave when a call ends."""
+        return state
+
+    def flops(self, seq_len: int) -> int:
+        """Two projections, two products for each token that a query sees, and one for each landmark."""
+        projections = self.qkv_proj.weight.numel() + self.out_proj.weight.numel()
+        slots = torch.arange(seq_len)[None]
+        ends = None if self.causal else torch.full_like(slots, seq_len)
+        seen = landmark_attention_flops(slots, slots * 0, ends, self.block_size, self.n_heads, self.head_dim)
+        return 2 * seq_len * projections + seen
+
+    def state_size(self, seq_len: int) -> int:
+        """Keys and values of all tokens, and keys of the landmarks."""
+        marks = seq_len // (self.block_size + 1)
+        return (2 * (seq_len - marks) + marks) * self.n_kv_heads * self.head_dim
