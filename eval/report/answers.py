@@ -34,12 +34,13 @@ def answers(comparison: Comparison) -> list[Answer]:
 def lead(comparison: Comparison) -> str:
     """What was done, in one sentence."""
     info = comparison.info
-    parts = [f"{words.many(len(comparison.contestants), 'contestant')} on {comparison.data}"]
+    what = "architecture" if comparison.trained else "model"
+    parts = [f"{words.many(len(comparison.contestants), what)} on {comparison.data}"]
     if comparison.trained:
-        rates = {cell.lr for cell in comparison.cells}
-        parts.append(f"{words.many(len(comparison.seeds), 'seed')} and {words.many(len(rates), 'learning rate')} each")
+        rates = max(map(len, comparison.rates.values()))
+        parts.append(f"{words.many(len(comparison.seeds), 'seed')} and {words.many(rates, 'learning rate')} each")
     hours, device = info.get("hours"), (info.get("machine") or {}).get("device")
-    parts += [f"{words.digits(hours)} hours"] if hours else []
+    parts += [words.duration(3600 * hours)] if hours else []
     return f"{', '.join(parts)}{f', on {device}' if device else ''}."
 
 
@@ -167,12 +168,13 @@ def _sure(comparison: Comparison) -> Answer | None:
     pairs = list(itertools.combinations([value for _, value in ranking], 2))
     apart = sum(not first.overlaps(second) for first, second in pairs)
     odds = min(luck(first, second) for first, second in pairs)
+    some = f" Of {len(pairs)} pairs, some may be apart by luck." if len(pairs) > 1 else ""
     detail = (
         f"Apart means that every seed of one beats every seed of the other. If two were equally good, luck alone would "
-        f"set them so apart in 2 of {odds} cases, with {fewest} seeds each: of {len(pairs)} pairs some may be. "
-        f"Where ranges overlap, this comparison does not tell who is better."
+        f"set them so apart in 2 of {odds} cases, with {fewest} seeds each.{some} Where ranges overlap, this "
+        f"comparison does not tell who is better."
     )
-    return Answer(question, f"{apart} of {len(pairs)} pairs are apart", f"{fewest} seeds", detail + gaps)
+    return Answer(question, f"{apart} of {words.many(len(pairs), 'pair')} apart", f"{fewest} seeds", detail + gaps)
 
 
 def _answer(question: str, entries: Sequence[Entry], form: words.Form, detail: str, unit: str = "") -> Answer:

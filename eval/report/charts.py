@@ -221,7 +221,7 @@ def _scale(axes: Axes, x: Axis, y: Axis) -> None:
         elif setting.log:
             axis.set_major_locator(_LogTicks(setting.base))
         else:
-            axis.set_major_locator(MaxNLocator(MOST_TICKS - 1))
+            axis.set_major_locator(MaxNLocator(MOST_TICKS - 1, steps=[1, 2, 2.5, 5, 10]))
         axis.set_major_formatter(FuncFormatter(lambda value, _, form=setting.form: form(value)))
         if setting.limits is not None:
             getattr(axes, f"set_{which}lim")(*setting.limits)

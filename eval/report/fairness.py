@@ -74,13 +74,8 @@ def _points(comparison: Comparison) -> list[str]:
         return [*found, "Nothing was trained: finished models were evaluated. They may have seen other data before."]
     found.append(_batches_line(comparison))
     found.append(_budget_line(comparison))
-    rates = [words.rate(float(lr)) for lr in info.get("lrs") or []]
-    picked = "The learning rate was picked by the median over seeds on validation data"
-    if rates:
-        picked = f"Each was trained at the learning rates {words.listing(rates)}. {picked}"
-    elif rates_of := {cell.lr for cell in comparison.cells if cell.lr is not None}:
-        picked = f"{words.many(len(rates_of), 'learning rate')} in all were tried. {picked}"
-    found.append(f"{picked}, for each architecture by itself. A larger grid may find better ones.")
+    found.append(_rates_line(comparison))
+    found += _length_of_training(comparison)
     found.append(
         f"{words.many(len(comparison.seeds), 'seed')}: {', '.join(comparison.seeds)}. A seed decides the first weights "
         f"and the order of the batches."
@@ -90,6 +85,42 @@ def _points(comparison: Comparison) -> list[str]:
         "of its best validation; nothing was chosen by them."
     )
     return found
+
+
+def _rates_line(comparison: Comparison) -> str:
+    rates = comparison.rates
+    if len({tuple(tried) for tried in rates.values()}) == 1:
+        tried = f"the learning rates {words.listing([words.rate(lr) for lr in next(iter(rates.values()))])}"
+    else:
+        tried = "learning rates around the one that suits it (in the table)"
+    said = (
+        f"Each was trained at {tried}. That with the best median over seeds on validation data was picked, for each "
+        f"architecture by itself."
+    )
+    edge = []
+    for label, grid in rates.items():
+        picked = {cell.lr for cell in comparison.chosen(label)}
+        if len(grid) > 1 and picked & {grid[0], grid[-1]}:
+            edge.append(f"{label} ({'smallest' if grid[0] in picked else 'largest'})")
+    return said + (
+        f" At the edge of its grid, so that another may suit it better: {words.listing(edge)}." if edge else ""
+    )
+
+
+def _length_of_training(comparison: Comparison) -> list[str]:
+    """When runs ended, where the settings tell."""
+    trainer = comparison.info.get("settings", {}).get("trainer")
+    if not isinstance(trainer, dict):
+        return []
+    steps, minutes, enough = (number(trainer.get(key)) for key in ("max_steps", "max_minutes", "stop_at"))
+    ends = [f"after {steps:,.0f} steps"] if steps else []
+    ends += [f"after {minutes:g} minutes"] if minutes else []
+    ends += [f"at a validation accuracy of {enough:g}"] if enough and comparison.metric.name == "acc" else []
+    return (
+        [f"A run ended {words.listing(ends, 'or')}, whichever came first."]
+        if len(ends) > 1
+        else [f"A run ended {end}." for end in ends]
+    )
 
 
 def _batches_line(comparison: Comparison) -> str:
@@ -102,7 +133,7 @@ def _batches_line(comparison: Comparison) -> str:
     if parts:
         return (
             f"Same batches in the same order for all with the same seed, proven by a hash over the first "
-            f"{words.many(min(parts), 'batch').replace('batchs', 'batches')} (runs ended at different steps)."
+            f"{words.many(min(parts), 'batch')} (runs ended at different steps)."
         )
     return "Same batches in the same order for all with the same seed, proven by a hash over all of them."
 
@@ -129,7 +160,7 @@ def _table(comparison: Comparison) -> Table:
         Column("FLOPs per token", "forward, counted at the task's length"),
         *(Column(f"state at {length:,}", "bytes after so many tokens") for length in lengths),
         Column("mismatch", "of what was matched"),
-        Column("size", number=False),
+        *([Column("learning rates", number=False)] if comparison.trained else []),
         Column("notes", number=False),
     ]
     rows = [
@@ -139,8 +170,8 @@ def _table(comparison: Comparison) -> Table:
             figure(who.flops_per_token, words.short),
             *(figure(who.state_bytes.get(length), words.size) for length in lengths),
             _mismatch(who),
-            Cell(_shape(who)),
-            Cell("; ".join(who.notes)),
+            *([Cell(", ".join(map(words.rate, comparison.rates[who.label])))] if comparison.trained else []),
+            Cell("; ".join(note for note in who.notes if not note.startswith("learning rate"))),
         ]
         for who in comparison.contestants
     ]
@@ -152,8 +183,3 @@ def _mismatch(who: Contestant) -> Cell:
     if gap is None:
         return missing()
     return Cell(words.percent(gap), abs(gap), note="" if abs(gap) <= _CLOSE else "more than 1 %")
-
-
-def _shape(who: Contestant) -> str:
-    keys = ("d_model", "n_layers", "n_heads", "d_state", "d_ff", "window")
-    return ", ".join(f"{key} {who.settings[key]}" for key in keys if who.settings.get(key) is not None)

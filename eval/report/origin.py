@@ -52,7 +52,7 @@ def _machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
 def _time(info: dict[str, Any]) -> list[tuple[str, str]]:
     hours = number(info.get("hours"))
     found = [(key, str(info[key])) for key in ("started", "finished") if info.get(key)]
-    return [*found, ("hours", words.digits(hours))] if hours is not None else found
+    return [*found, ("it took", words.duration(3600 * hours))] if hours is not None else found
 
 
 def _reaches(comparison: Comparison) -> list[tuple[str, str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from zoo.eval.report import words
 from zoo.eval.report.answers import steps
 from zoo.eval.report.blocks import Block, Cell, Column, Section, Table, figure, missing, spread
 from zoo.eval.report.results import Cell as Run
 from zoo.eval.report.results import Comparison
-
-SOLVED = 0.9
-"""An accuracy from which on a task counts as solved."""
 
 
 def result(comparison: Comparison) -> Section:
@@ -25,12 +24,13 @@ def result(comparison: Comparison) -> Section:
 
 def _ranked(comparison: Comparison) -> Table:
     metric = comparison.metric
-    with_steps = any(comparison.steps_to_90(who.label) for who in comparison.contestants)
+    to_90 = [value for who in comparison.contestants if (value := comparison.steps_to_90(who.label))]
+    with_steps = any(math.isfinite(value.low) for value in to_90)
     longest = max((length for who in comparison.contestants for length in who.state_bytes), default=None)
     columns = [
         Column("architecture", number=False),
         Column(f"test {metric.title}", "median (range over seeds)"),
-        *([Column("solved", f"share of seeds with {SOLVED} right or more")] if metric.name == "acc" else []),
+        *([Column("solved", f"seeds with {comparison.solved_at:g} right or more")] if metric.name == "acc" else []),
         *([Column("steps to 0.9", "first validation with 0.9 right")] if with_steps else []),
         *([Column("rate", "of learning, picked")] if comparison.trained else []),
         *([Column("tokens/s", "of the training runs")] if comparison.trained else []),
@@ -51,8 +51,8 @@ def _ranked(comparison: Comparison) -> Table:
         row.append(spread(test, words.level, best=ranked[:1] == [who]) if test else Cell("no result", note=_why(cells)))
         if metric.name == "acc":
             tests = [value for cell in chosen if (value := cell.number("test_acc")) is not None]
-            solved = sum(value >= SOLVED for value in tests)
-            row.append(Cell(f"{solved} of {len(tests)}", solved / len(tests)) if tests else missing())
+            solved, asked = sum(value >= comparison.solved_at for value in tests), sum(cell.chosen for cell in cells)
+            row.append(Cell(f"{solved} of {asked}", solved / asked) if tests else missing())
         if with_steps:
             row.append(spread(comparison.steps_to_90(who.label), steps))
         if comparison.trained:

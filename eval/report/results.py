@@ -14,6 +14,7 @@ from typing import Any
 from zoo.eval.report.spread import Spread
 
 FINISHED = "finished"
+SOLVED_AT = 0.9
 _STEPS = "steps_to_90"
 
 
@@ -144,6 +145,19 @@ class Comparison:
     def seeds(self) -> list[str]:
         """The seeds that were asked for."""
         return [str(seed) for seed in self.info.get("seeds") or dict.fromkeys(cell.seed for cell in self.cells)]
+
+    @property
+    def solved_at(self) -> float:
+        """The test accuracy from which on a seed has solved the task."""
+        return number((self.info.get("settings") or {}).get("solved_at")) or SOLVED_AT
+
+    @property
+    def rates(self) -> dict[str, list[float]]:
+        """The learning rates tried, by label."""
+        return {
+            who.label: sorted({cell.lr for cell in self.cells_of(who.label) if cell.lr is not None})
+            for who in self.contestants
+        }
 
     @property
     def trained(self) -> bool:

@@ -96,7 +96,11 @@ def _charts(
         series = [_series(bench, kind, who.label, who.index, pick) for who in comparison.contestants]
         if not any(one.points for one in series):
             continue
-        lines_at = [(number, entry["from_length"]) for number, entry in crossovers if entry.get("quantity") == quantity]
+        lines_at = [
+            (number, entry["from_length"])
+            for number, entry in crossovers
+            if entry.get("quantity") == quantity and entry.get("measured")
+        ]
         spread = "Median, and a bar from the fastest to the slowest repeat." if quantity == "time" else "Measured once."
         crossed = " Numbered lines: from there on one overtakes another, in words below." if lines_at else ""
         caption = f"{spread}{crossed}{_missing(comparison, bench, kind)}"
@@ -130,7 +134,7 @@ def _missing(comparison: Comparison, bench: Bench, kind: str) -> str:
 
 def _series(bench: Bench, kind: str, label: str, index: int, pick: Callable[[Measurement], Spread | None]) -> Series:
     rows = bench.of(kind, label)
-    there = [(float(row.length), value) for row in rows if row.ok and (value := pick(row))]
+    there = [(float(row.length), value) for row in rows if row.ok and (value := pick(row)) and value.low > 0]
     return Series(index, there, [(float(row.length), _MARKS.get(row.status, "1")) for row in rows if not row.ok])
 
 

@@ -11,7 +11,7 @@ Form = Callable[[float], str]
 NONE = "–"
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _DECIMAL = ("", "k", "M", "G", "T", "P")
-_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_SECONDS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 def count(value: float) -> str:
@@ -85,7 +85,8 @@ def listing(items: Sequence[str], last: str = "and") -> str:
 
 def many(number: int, what: str) -> str:
     """A number of things: "1 seed", "3 seeds"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+    plural = "es" if what.endswith("ch") else "s"
+    return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def _power(value: float, base: int, powers: int) -> int:

@@ -110,7 +110,7 @@ def make(
         writer.writeheader()
         writer.writerows(rows)
     info: dict[str, Any] = {
-        "settings": {"data": "mqar", "match": match, "seeds": list(seeds), "bench": bench},
+        "settings": {"data": "mqar", "match": match, "bench": bench, "trainer": {"max_steps": 2000, "stop_at": 0.99}},
         "data": {
             "name": "mqar" if higher else "pystdlib",
             "settings": {"name": "mqar", "seq_len": 256},

@@ -122,7 +122,7 @@ def test_lost_cells_are_rows_with_their_reason(full: Path) -> None:
     assert "no result (killed: probably out of memory)" in rows[0]
     assert "0 of 9" in rows[0]
     assert rows[1] == "| mamba2 | out of memory (killed: probably out of memory) | 9 | 1e-3, 3e-3, 1e-2 | 0, 1, 2 | "
-    assert sum("3e-3" in row for row in rows[2:]) == 3  # among all cells
+    assert sum("| 3e-3 |" in row for row in rows[2:]) == 3  # among all cells
     assert "12 cells of 36 gave no result" in said(full)["How sure are we?"]
 
 
@@ -155,7 +155,7 @@ def test_overlap_is_called_a_tie(tmp_path: Path) -> None:
         "Not told apart from it, as their ranges overlap: transformer 0.950 (0.900 to 0.990)"
         in told["Which is most accurate?"]
     )
-    assert told["How sure are we?"].startswith("2 of 3 pairs are apart")
+    assert told["How sure are we?"].startswith("2 of 3 pairs apart")
 
 
 def test_one_seed_claims_no_spread(tmp_path: Path) -> None:
@@ -232,6 +232,39 @@ def test_batches_of_runs_that_ended_early(tmp_path: Path) -> None:
     summary.write_text(json.dumps(hashes))
     assert fairness.same_batches(read(folder))[0].equal is False
     assert "Not fair: with seed 0" in write(folder).read_text()
+
+
+def test_a_rate_at_the_edge_of_its_grid_is_named(full: Path, tmp_path: Path) -> None:
+    assert "At the edge" not in (full / "report.md").read_text()
+    folder = make(tmp_path / "c", names=TRIO[:2], bench=False, runs=False, slices=False)
+    table = (folder / "results.csv").read_text().replace(",finished,,1,", ",finished,,0,")
+    (folder / "results.csv").write_text(
+        table.replace("mamba,mamba,0.01,0,finished,,0,", "mamba,mamba,0.01,0,finished,,1,")
+    )
+    write(folder)
+    text = (folder / "report.md").read_text()
+    assert "so that another may suit it better: mamba (largest)." in text
+    assert "A run ended after 2,000 steps or at a validation accuracy of 0.99, whichever came first." in text
+
+
+def test_a_failed_seed_has_not_solved_the_task(tmp_path: Path) -> None:
+    folder = make(tmp_path / "c", names=TRIO[:1], bench=False, runs=False, slices=False, lrs=(1e-3,))
+    table = (folder / "results.csv").read_text()
+    (folder / "results.csv").write_text(table.replace("0.001,2,finished,", "0.001,2,failed,"))
+    write(folder)
+    assert "| 2 of 3 | 1,100" in (folder / "report.md").read_text()
+
+
+def test_guessed_crossovers_are_told_but_not_drawn(full: Path, tmp_path: Path) -> None:
+    folder = make(tmp_path / "c", names=TRIO[:2], runs=False, slices=False)
+    drawn = write(folder).read_text().count(">1</text>")
+    bench = json.loads((folder / "bench.json").read_text())
+    for entry in bench["crossovers"]:
+        entry["measured"] = False
+    (folder / "bench.json").write_text(json.dumps(bench))
+    text = write(folder).read_text()
+    assert text.count(">1</text>") == drawn - 2  # one of training, one of decoding
+    assert "(1) from T = 1,536 on" in text
 
 
 def test_no_folder_of_a_comparison(tmp_path: Path) -> None:
@@ -356,7 +389,7 @@ def test_sorting_in_a_browser(page: Any) -> None:
 
 def test_legend_fades_the_others(page: Any) -> None:
     figure = page.locator("#learning figure").first
-    figure.locator("[data-series='1']").focus()
+    figure.locator("[data-series='1']").hover()
     assert figure.locator(".series-0").first.evaluate("mark => getComputedStyle(mark).opacity") != "1"
     assert figure.locator(".series-1").first.evaluate("mark => getComputedStyle(mark).opacity") == "1"
 

@@ -39,11 +39,7 @@ for (const figure of document.querySelectorAll("figure")) {
         mark.classList.toggle("shown", on && mark.classList.contains(`series-${name.dataset.series}`));
       }
     };
-    name.tabIndex = 0;
-    for (const [event, on] of [["pointerenter", true], ["focus", true], ["pointerleave", false], ["blur", false]]) {
-      name.addEventListener(event, () => show(on));
-    }
+    name.addEventListener("pointerenter", () => show(true));
+    name.addEventListener("pointerleave", () => show(false));
   }
 }
-// Paper cannot be unfolded.
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => { part.open = true; }));
