@@ -29,6 +29,7 @@ from zoo.train.data.mad_recall import MadFuzzy, MadFuzzyConfig, MadNoisy, MadNoi
 from zoo.train.data.mqar import MQAR, MQARConfig
 from zoo.train.data.needle import Needle, NeedleConfig, Passkey, PasskeyConfig
 from zoo.train.data.pystdlib import PyStdlib, PyStdlibConfig
+from zoo.train.data.ruler import Ruler, RulerConfig
 from zoo.train.data.selective_copying import SelectiveCopying, SelectiveCopyingConfig
 from zoo.train.data.state_tracking import Parity, ParityConfig, Word, WordConfig
 from zoo.train.data.stream import IGNORE, Batch, BatchHash, BatchStream, EvalBatches
@@ -80,6 +81,8 @@ __all__ = [
     "PasskeyConfig",
     "PyStdlib",
     "PyStdlibConfig",
+    "Ruler",
+    "RulerConfig",
     "SelectiveCopying",
     "SelectiveCopyingConfig",
     "Source",

@@ -6,7 +6,7 @@ asked: it cannot read ahead. It knows the settings of the task and nothing of it
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from zoo.train.data import MadMemorizeConfig, create_source
+from zoo.train.data.ruler import FAMILIES, counts, niah
 from zoo.train.data.synthetic import examples
 
 IGNORE = -100
@@ -232,6 +233,39 @@ def _mad_content(tokens, vocab_size, n_tokens, **_):
     return [[token for token in tokens if token < vocab_size - 2]] * n_tokens
 
 
+def _solve_vt(**_):
+    assigned = {}
+    token = yield
+    while token != 2:
+        if token == 1:
+            name = yield IGNORE
+            assigned[(yield IGNORE)] = name
+        token = yield IGNORE
+    holder = yield IGNORE
+    while True:
+        holder = assigned[holder]
+        yield holder
+
+
+def _solve_counting(family, seq_len, **_):
+    seen = Counter()
+    token = yield
+    while token != 2:
+        seen[token] += token > 1  # neither padding nor what fwe has for noise
+        token = yield IGNORE
+    _, first, last = counts(family, seq_len)
+    ordered = seen.most_common(last - first + 1)
+    assert len({count for _, count in ordered}) == len(ordered)
+    for label, _ in ordered[:-1]:
+        yield label
+
+
+def _solve_ruler(family, seq_len, **arguments):
+    if family.startswith("niah"):
+        return _solve_needle(**niah(family, seq_len))
+    return (_solve_vt if family == "vt" else _solve_counting)(family=family, seq_len=seq_len)
+
+
 @st.composite
 def _copyings(draw):
     form = draw(st.sampled_from(["copy", "prefix_ngram", "suffix_ngram", "duplicate_ngram"]))
@@ -265,6 +299,12 @@ TASKS = {
     "passkey": Task(_solve_needle, _needles()),
     "needle": Task(_solve_needle, _needles(2), _values_of_needles),
     "induction": Task(_solve_induction, _some(seq_len=st.integers(12, 90), vocab_size=st.integers(3, 40))),
+    "ruler": Task(
+        _solve_ruler,
+        _some(
+            family=st.sampled_from(FAMILIES), seq_len=st.sampled_from([256, 400, 512, 1_024]), chains=st.integers(1, 4)
+        ),
+    ),
     "selective_copying": Task(_solve_selective_copying, _with_content(), _content),
     "copying": Task(_solve_copying, _copyings()),
     "assoc_recall": Task(
@@ -303,4 +343,5 @@ PINNED = {
     "mad_noisy": "209895334252d5b1",
     "mad_memorize": "2060e3845f31f48a",
     "mad_compress_causal": "81f5b9b892d8c730",
+    "ruler": "31d3f595498314f6",
 }
