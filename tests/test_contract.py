@@ -37,6 +37,19 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "bigbird",
         {"block_size": 3, "n_window_blocks": 1, "n_random_blocks": 1, "n_global_blocks": 2},
     ),
+    "transformer_xl, small segments": ("transformer_xl", {"segment": 8, "memory": 13}),
+    "compressive, convolution": (
+        "compressive",
+        {"segment": 8, "memory": 12, "compressed_memory": 7, "rate": 3, "compression": "conv", "bias": True},
+    ),
+    "compressive, most used": (
+        "compressive",
+        {"segment": 9, "memory": 4, "compressed_memory": 6, "rate": 2, "compression": "most_used"},
+    ),
+    "compressive, dilated, decoder": (
+        "compressive",
+        {"segment": 6, "memory": 6, "compressed_memory": 4, "compression": "dilated", "loss": "autoencoding"},
+    ),
 }
 
 pytestmark = pytest.mark.parametrize("name", [*zoo.list_models(), *FORMS])
