@@ -150,13 +150,13 @@ class SequenceModule(L.LightningModule):
         """The state that a batch goes on from; None where each batch stands for itself."""
         if not self.carries:
             return None
-        device = batch["inputs"].device
         if split not in self._states:
+            device = batch["inputs"].device
             # What is cached has the type of activations.
             dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
             return self.model.init_state(len(batch["inputs"]), device=device, dtype=dtype)
         # Trimmed only now: after the step there is nothing to wait for on a GPU.
-        return self.model.trim_state(apply_to_collection(self._states[split], Tensor, Tensor.to, device))
+        return self.model.trim_state(self._states[split])
 
     def _keep(self, split: str, state: ModelState | None) -> None:
         if state is not None:
@@ -192,7 +192,7 @@ class SequenceModule(L.LightningModule):
         if "carried" in checkpoint:
             carried = iter(checkpoint["carried"])
             like = self.model.init_state(1)
-            self._states["train"] = apply_to_collection(like, Tensor, lambda _: next(carried))
+            self._states["train"] = apply_to_collection(like, Tensor, lambda leaf: next(carried).to(leaf.device))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over the model's own decay groups, its schedule stepped once per optimiser step."""
