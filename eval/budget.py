@@ -33,7 +33,8 @@ KNOB_STEPS = (16, 8, 4, 2, 1)
 HEAD_WIDTH = 64
 """What architectures take where `head_dim` is left open, if the width allows it."""
 NEAREST = 16
-"""Values of such a setting that are tried together with all widths."""
+"""Values of such a setting that are tried together with all widths, where the budget is as near as this:"""
+NEAR = 0.25
 LARGEST = 2**16
 DEEPEST = 3
 """Depths up to so many times the architecture's own are tried, where no width will do."""
@@ -138,6 +139,8 @@ def fit(name: str, given: Mapping[str, Any], by: str, target: float, length: int
         ConfigError: There are no such settings; the message tells the nearest that were found.
     """
     search = _Search(name, dict(given), by, target, length)
+    if by == "state" and not search.config.causal:
+        raise ConfigError(f"{name} has causal=false and so no state to match: compare with match=params or match=flops")
     for _ in search.stages():
         if search.best is not None and search.best.matches:
             return search.best
@@ -165,8 +168,6 @@ class _Search:
 
     def stages(self) -> Iterator[None]:
         """Tries more and more, and stops for a look at `best` now and then."""
-        self.quantity({})
-        yield
         yield from self._at_depth({})
         if "n_layers" not in self.given:
             own, period = self.config.n_layers, len(getattr(self.config, "pattern", [0]))
@@ -176,6 +177,8 @@ class _Search:
                     yield from self._at_depth({"n_layers": depth})
 
     def _at_depth(self, base: dict[str, Any]) -> Iterator[None]:
+        self.quantity(base)
+        yield
         nearest = self._widths(base, self.step)
         yield
         yield from self._tune(nearest, INNER)
@@ -184,15 +187,17 @@ class _Search:
                 nearest = self._widths(base, step)
                 yield
         yield from self._tune(nearest, MEMORY)
-        for path in self.knobs:  # both together, from the setting's own value outwards
-            if path[-1] in (*HEADS, MEMORY):
+        near = self.best is not None and abs(self.best.mismatch) < NEAR
+        for path in self.knobs:  # together with the width, from the setting's own value outwards
+            if near and path[-1] in (*HEADS, MEMORY):
                 for value in self._around(path):
                     self._widths(self._with(base, path, value), 1 if path[-1] in HEADS else self.step)
                     yield
 
     def _around(self, path: tuple[str, ...]) -> list[int]:
         """Values near the setting's own."""
-        config = self.config if len(path) == 1 else self.config.member(path[1])
+        config: Any = self.config
+        config = config if len(path) == 1 else config.member(path[1])
         own, step = getattr(config, path[-1]) or HEAD_WIDTH, 4 if path[-1] == "head_dim" else 1
         values = range(step, 2 * own + 1, step)
         return sorted(values, key=lambda value: (abs(value - own), value))[:NEAREST]

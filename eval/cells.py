@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -163,7 +164,7 @@ def last_line(path: Path) -> str:
     return ""
 
 
-def _context() -> multiprocessing.context.BaseContext:
+def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
