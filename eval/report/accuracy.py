@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from zoo.eval.report import words
 from zoo.eval.report.answers import nearest
 from zoo.eval.report.blocks import Block, Cell, Chart, Charts, Column, Section, Table, Text, spread
 from zoo.eval.report.charts import Axis, Series, heat, lines, points
-from zoo.eval.report.results import Comparison, Contestant
+from zoo.eval.report.results import Comparison
 from zoo.eval.report.spread import Spread
 
 _MANY_TIMES = 8
@@ -20,7 +18,8 @@ _SAME = 1.1
 def slices(comparison: Comparison) -> Section | None:
     """How the metric depends on what the test data are split by."""
     single = {keys[0]: columns for keys, columns in comparison.slices.items() if len(keys) == 1 and len(columns) > 1}
-    charts, tables = [], []
+    charts: list[Chart] = []
+    tables: list[Table] = []
     for key, columns in single.items():
         places = {value: column for (value,), column in columns.items()}
         series = []
@@ -32,7 +31,7 @@ def slices(comparison: Comparison) -> Section | None:
         log = min(places) > 0 and max(places) / min(places) >= _MANY_TIMES
         title = f"{comparison.metric.title.capitalize()} by {_plain(key)}"
         caption = f"Test data, at the learning rate picked. {_range_note(comparison)}"
-        across = Axis(_plain(key), words.short if max(places) >= 1000 else "{:g}".format, log, sorted(places))
+        across = Axis(_plain(key), words.length if min(places) >= 1 else "{:g}".format, log, sorted(places))
         svg = lines(
             f"slice-{len(charts)}",
             f"{title}, by architecture; the table below has the figures",
@@ -166,36 +165,37 @@ def size(comparison: Comparison) -> Section | None:
     """The metric against what it costs."""
     lengths = sorted({length for who in comparison.contestants for length in who.state_bytes})
     at = nearest(lengths, comparison.length)
-    picks: list[tuple[str, str, Callable[[Contestant], float | None], words.Form, int]] = [
+    picks: list[tuple[str, str, dict[str, float | None], words.Form, int]] = [
         (
             f"state-{length}",
             f"bytes of state after {length:,} tokens",
-            lambda who, n=length: who.state_bytes.get(n),
+            {who.label: who.state_bytes.get(length) for who in comparison.contestants},
             words.size,
             2,
         )
         for length in sorted({at, lengths[-1]} if at is not None else ())
     ]
+    params = {who.label: who.params for who in comparison.contestants}
+    flops = {who.label: who.flops_per_token for who in comparison.contestants}
     picks += [
-        ("params", "parameters", lambda who: who.params, words.short, 10),
-        ("flops", "forward FLOPs per token", lambda who: who.flops_per_token, words.short, 10),
+        ("params", "parameters", params, words.short, 10),
+        ("flops", "forward FLOPs per token", flops, words.short, 10),
     ]
     charts, alike = [], []
-    for name, title, pick, form, base in picks:
-        places = [(who.index, who.label, cost, found) for who, found in comparison.ranking if (cost := pick(who))]
+    for name, title, costs_of, form, base in picks:
+        places = [
+            (who.index, who.label, cost, found) for who, found in comparison.ranking if (cost := costs_of[who.label])
+        ]
         costs = [cost for _, _, cost, _ in places]
         if len(places) < 2:
             continue
         if max(costs) / min(costs) < _SAME:
             alike.append(title)
             continue
-        ticks = (
-            [float(f"{cost:.1g}") for cost in costs] if base == 10 and max(costs) / min(costs) < _MANY_TIMES else None
-        )
         svg = points(
             f"size-{name}",
             f"{comparison.metric.title} against {title}",
-            Axis(title, form, True, ticks, base=base),
+            Axis(title, form, True, base=base),
             _metric_axis(comparison),
             places,
             comparison.levels,

@@ -13,6 +13,8 @@ from zoo.eval.report.spread import Spread, luck
 
 Entry = tuple[Contestant, Spread]
 _MOST_LEVEL, _MOST_TOLD = 2, 4
+_SCALES = (words.digits, words.size)
+"""How quantities are written of which "so many times" makes sense."""
 _FAR = 1.5
 """From this factor on it is said how far the last is behind."""
 
@@ -146,7 +148,8 @@ def _smallest_state(comparison: Comparison) -> Answer | None:
     detail = f"What one sequence leaves behind after {longest:,} tokens, and decoding carries along."
     if near is not None and near != longest:
         who, value = sizes(near)[0]
-        detail += f" After {near:,} tokens the smallest is that of {who.label}, {words.size(value.median)}."
+        if who is not sizes(longest)[0][0]:
+            detail += f" After {near:,} tokens the smallest is that of {who.label}, {words.size(value.median)}."
     return _answer("Which has the smallest state?", sizes(longest), words.size, detail)
 
 
@@ -193,7 +196,8 @@ def _answer(question: str, entries: Sequence[Entry], form: words.Form, detail: s
         detail += f" Not told apart from it, as {all_of_them} ranges overlap: {words.listing(told + more)}."
     elif others:
         detail += f" Next: {others[0][0].label}, {words.spread(others[0][1], form)}."
-    detail += _behind(entries) if len(others) > 1 else ""
+    if form in _SCALES and len(others) > 1:
+        detail += _behind(entries)
     return Answer(question, answer, f"{words.spread(value, form)} {unit}".strip(), detail, first.index)
 
 

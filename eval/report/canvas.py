@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ WIDTH, HEIGHT = 4.7, 3.2
 """Inches, of 72 units of the picture: about a phone's width."""
 LEFT, RIGHT, ABOVE, BELOW = 0.8, 0.1, 0.2, 0.48
 """Inches around what is drawn."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "zoo",
     "font.family": "sans-serif",
@@ -134,7 +135,7 @@ def svg(figure: Figure, name: str, description: str) -> Markup:
 def swatch(look: Look) -> Markup:
     """What a legend shows: the line of a contestant, with its marker, as a symbol of the page."""
     style = MarkerStyle(look.marker)
-    outline = style.get_path().transformed(style.get_transform()).to_polygons(closed_only=False)[0]
+    outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons(closed_only=False)[0])
     points = " ".join(f"{14 + 8 * x:.2f},{7 - 8 * y:.2f}" for x, y in outline)
     dashes = "" if look.dash == "-" else " ".join(f"{1.6 * part:g}" for part in look.dash[1])
     colour = _VARIABLES[look.colour]

@@ -20,6 +20,8 @@ from zoo.eval.report.words import Form
 MOST_TICKS = 7
 CELL_WIDTH, CELL_HEIGHT = 0.42, 0.36
 """Inches, of a map."""
+_SIDES = (("left", 0.0, 7), ("right", 1.0, -7), ("center", 0.5, 0))
+"""Of a point, where its label may stand: alignment, share of its width to the left, points to the right."""
 _CLOSE = 1.35
 """Ticks nearer than this on a logarithmic axis have no room for their labels."""
 
@@ -197,6 +199,7 @@ class _LogTicks(Locator):
 
     def __call__(self) -> list[float]:
         """The ticks of the axis that this is the locator of."""
+        assert self.axis is not None
         return self.tick_values(*self.axis.get_view_interval())
 
     def tick_values(self, vmin: float, vmax: float) -> list[float]:
@@ -290,10 +293,9 @@ def _name(axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
         note = axes.annotate(label, (across, up), (0, 0), textcoords="offset points", va="center", size=8)
         box = note.get_window_extent()
         cheapest = math.inf
-        for side, dy in itertools.product((0, 1, 0.5), (0, 10, -10, 20, -20, 30)):  # right, left, above or below
-            if side == 0.5 and dy == 0:
+        for (align, side, dx), dy in itertools.product(_SIDES, (0, 10, -10, 20, -20, 30)):
+            if dx == dy == 0:
                 continue
-            dx = {0: 7, 1: -7}.get(side, 0)
             left, bottom = x + dx * pixels - side * box.width, y + dy * pixels - box.height / 2
             right, top = left + box.width, bottom + box.height
             hidden = sum(
@@ -303,5 +305,5 @@ def _name(axes: Axes, names: Sequence[tuple[str, float, float]]) -> None:
             cost = hidden + 100 * out + abs(dy) + 0.1 * abs(dx)
             if cost < cheapest:
                 cheapest, best = cost, (left, bottom, right, top)
-                note.set(position=(dx, dy), ha={0: "left", 1: "right"}.get(side, "center"))
+                note.set(position=(dx, dy), ha=align)
         taken.append(best)

@@ -89,8 +89,11 @@ def _points(comparison: Comparison) -> list[str]:
 
 def _rates_line(comparison: Comparison) -> str:
     rates = comparison.rates
-    if len({tuple(tried) for tried in rates.values()}) == 1:
-        tried = f"the learning rates {words.listing([words.rate(lr) for lr in next(iter(rates.values()))])}"
+    if len({tuple(grid) for grid in rates.values()}) == 1:
+        same = [words.rate(lr) for lr in next(iter(rates.values()))]
+        if len(same) == 1:
+            return f"Each was trained at the learning rate {same[0]} alone. Another may suit some better."
+        tried = f"the learning rates {words.listing(same)}"
     else:
         tried = "learning rates around the one that suits it (in the table)"
     said = (
@@ -154,14 +157,21 @@ def _budget_line(comparison: Comparison) -> str:
 
 def _table(comparison: Comparison) -> Table:
     lengths = sorted({length for who in comparison.contestants for length in who.state_bytes})
+    matched = any("mismatch" in who.match for who in comparison.contestants)
+    notes = {
+        who.label: "; ".join(
+            note for note in who.notes if not note.startswith("learning rate")
+        )  # a column of their own
+        for who in comparison.contestants
+    }
     columns = [
         Column("architecture", number=False),
         Column("parameters"),
         Column("FLOPs per token", "forward, counted at the task's length"),
         *(Column(f"state at {length:,}", "bytes after so many tokens") for length in lengths),
-        Column("mismatch", "of what was matched"),
+        *([Column("mismatch", "of what was matched")] if matched else []),
         *([Column("learning rates", number=False)] if comparison.trained else []),
-        Column("notes", number=False),
+        *([Column("notes", number=False)] if any(notes.values()) else []),
     ]
     rows = [
         [
@@ -169,9 +179,9 @@ def _table(comparison: Comparison) -> Table:
             figure(who.params, words.count),
             figure(who.flops_per_token, words.short),
             *(figure(who.state_bytes.get(length), words.size) for length in lengths),
-            _mismatch(who),
+            *([_mismatch(who)] if matched else []),
             *([Cell(", ".join(map(words.rate, comparison.rates[who.label])))] if comparison.trained else []),
-            Cell("; ".join(note for note in who.notes if not note.startswith("learning rate"))),
+            *([Cell(notes[who.label])] if any(notes.values()) else []),
         ]
         for who in comparison.contestants
     ]

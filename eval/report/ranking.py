@@ -35,7 +35,6 @@ def _ranked(comparison: Comparison) -> Table:
         *([Column("rate", "of learning, picked")] if comparison.trained else []),
         *([Column("tokens/s", "of the training runs")] if comparison.trained else []),
         *([Column(f"state at {longest:,}", "bytes")] if longest else []),
-        Column("parameters"),
         Column("cells", "finished of planned"),
     ]
     ranked = [who for who, _ in comparison.ranking]
@@ -50,8 +49,8 @@ def _ranked(comparison: Comparison) -> Table:
         row = [Cell(who.label, look=who.index, heading=True)]
         row.append(spread(test, words.level, best=ranked[:1] == [who]) if test else Cell("no result", note=_why(cells)))
         if metric.name == "acc":
-            tests = [value for cell in chosen if (value := cell.number("test_acc")) is not None]
-            solved, asked = sum(value >= comparison.solved_at for value in tests), sum(cell.chosen for cell in cells)
+            tests = [score for cell in chosen if (score := cell.number("test_acc")) is not None]
+            solved, asked = sum(score >= comparison.solved_at for score in tests), sum(cell.chosen for cell in cells)
             row.append(Cell(f"{solved} of {asked}", solved / asked) if tests else missing())
         if with_steps:
             row.append(spread(comparison.steps_to_90(who.label), steps))
@@ -60,7 +59,6 @@ def _ranked(comparison: Comparison) -> Table:
             row.append(spread(comparison.spread(who.label, "tokens_per_second"), words.digits))
         if longest:
             row.append(figure(who.state_bytes.get(longest), words.size))
-        row.append(figure(who.params, words.short))
         row.append(Cell(f"{len(finished)} of {len(cells)}", len(finished) / len(cells)) if cells else missing())
         rows.append(row)
     caption = f"Sorted by test {metric.title}"

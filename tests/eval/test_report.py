@@ -267,6 +267,19 @@ def test_guessed_crossovers_are_told_but_not_drawn(full: Path, tmp_path: Path) -
     assert "(1) from T = 1,536 on" in text
 
 
+def test_models_of_the_users_own(tmp_path: Path) -> None:
+    """Nothing was trained for it: no learning rate, perhaps no seed, and a row per model."""
+    folder = make(tmp_path / "c", names=TRIO, seeds=(0,), lrs=(1e-3,), runs=False, match="none")
+    table = (folder / "results.csv").read_text()
+    (folder / "results.csv").write_text(table.replace(",0.001,0,finished,,1,", ",,,finished,,true,"))
+    edit(folder, seeds=[], lrs=[])
+    text = write(folder).read_text()
+    assert "3 models head to head on mqar" in text
+    assert "Nothing was trained" in text
+    assert 'id="learning"' not in text
+    assert "Not very: one seed" in said(folder)["How sure are we?"]
+
+
 def test_no_folder_of_a_comparison(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no comparison\.json"):
         write(tmp_path)
