@@ -41,7 +41,7 @@ class BenchSettings(CostSettings):
 
     lengths: list[int] = setting([256, 1024, 4096], "tokens of a sequence; of decoding, those read before")
     kinds: list[str] = setting([*KINDS], ", ".join(f"{kind} ({words})" for kind, words in KINDS.items()))
-    batch_tokens: int = setting(4096, "train and prefill: tokens of a batch; at least one sequence", minimum=1)
+    batch_tokens: int = setting(2048, "train and prefill: tokens of a batch; at least one sequence", minimum=1)
     decode_batch: int = setting(1, "sequences that are decoded at once", minimum=1)
     memory: float | None = setting(None, "GiB that a model may take on a CPU; null: what is free at the start", above=0)
     crossovers: float = setting(60.0, "seconds for narrowing crossovers down; a search once begun is ended", minimum=0)

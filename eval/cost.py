@@ -45,7 +45,7 @@ class CostSettings(Settings):
         "fp32", "fp32 or bf16; training in bf16 is autocast over weights in fp32", choices=tuple(DTYPES)
     )
     repeats: int = setting(5, f"times of each figure; each time of decoding is the median of {STEPS} steps", minimum=1)
-    max_seconds: float = setting(20.0, "seconds for one figure; what needs more is too slow", above=0)
+    max_seconds: float = setting(10.0, "seconds for one figure; what needs more is too slow", above=0)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Job:
 class TooSlow(Exception):
     """Measuring would take longer than it may."""
 
+    def __init__(self, what: str, seconds: float, settings: CostSettings) -> None:
+        super().__init__(
+            f"{what} takes {seconds:.3g} seconds: too long to measure in max_seconds={settings.max_seconds:g}"
+        )
+
 
 class Subject:
     """A model that is ready for one kind of call, compiled and warm.
@@ -73,7 +78,7 @@ class Subject:
     """
 
     def __init__(self, make_model: MakeModel, job: Job, settings: CostSettings) -> None:
-        self.job, self.device = job, torch.device(settings.device)
+        self.job, self.settings, self.device = job, settings, torch.device(settings.device)
         torch.manual_seed(0)
         self.model = make_model().to(self.device)
         self.state: ModelState | None = None
@@ -84,30 +89,33 @@ class Subject:
         if not training:
             self.model.to(dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True) if training else None
-        self.tokens = self._draw(min(SHORT, job.length))
+        self.tokens = self.draw(min(SHORT, job.length))
         if job.kind == "decode":
             self.read(self.tokens)
-            self.tokens = self._draw(1)
+            self.tokens = self.draw(1)
         self.call()  # the optimiser now has its state, too
         self.state = None
         if job.kind != "decode":
-            self.tokens = self._draw(job.length)
+            self.tokens = self.draw(job.length)
 
-    def _draw(self, length: int) -> Tensor:
+    def draw(self, length: int) -> Tensor:
+        """Random tokens."""
         return torch.randint(self.model.config.vocab_size, (self.job.batch, length), device=self.device)  # (B, T)
 
     @torch.no_grad()
-    def read(self, tokens: Tensor, deadline: float = float("inf")) -> None:
+    def read(self, tokens: Tensor) -> None:
         """Reads tokens, (B, T), before decoding.
 
         Raises:
-            TooSlow: It is past the deadline, a time of `time.perf_counter`.
+            TooSlow: It takes longer than `max_seconds`.
         """
+        begun = time.perf_counter()
         self.state = self.model.init_state(self.job.batch)
         for piece in tokens.split(PIECE, dim=1):
             self.state = self.model.read(piece, self.state)[1]
-            if time.perf_counter() > deadline:
-                raise TooSlow(f"reading {tokens.shape[1]:,} tokens before decoding takes longer than max_seconds")
+            taken = time.perf_counter() - begun
+            if taken > self.settings.max_seconds:
+                raise TooSlow(f"reading a part of {tokens.shape[1]:,} tokens before decoding", taken, self.settings)
 
     def call(self) -> None:
         """What is measured, once."""
@@ -178,17 +186,18 @@ def _measure(make_model: MakeModel, job: Job, settings: CostSettings) -> dict[st
     subject = Subject(make_model, job, settings)
     begun = time.perf_counter()
     if job.kind == "decode":
-        subject.read(subject._draw(job.length), begun + settings.max_seconds)
+        subject.read(subject.draw(job.length))
         held = state_bytes(subject.state)
     backends.forget()
     flops = count_flops(subject.call, backward=job.kind == "train")  # the first call at this length: one to warm up
-    if time.perf_counter() - begun > settings.max_seconds:
-        raise TooSlow(f"a single {KINDS[job.kind]} takes {time.perf_counter() - begun:.3g} seconds")
+    taken = time.perf_counter() - begun
+    if taken > settings.max_seconds:
+        raise TooSlow(f"one {KINDS[job.kind]}", taken, settings)
     if job.kind == "prefill":
         held = state_bytes(subject.state)
     memory, estimate = subject.peak_memory()
     if time.perf_counter() - begun + estimate > settings.max_seconds:
-        raise TooSlow(f"a {KINDS[job.kind]} takes about {estimate:.3g} seconds")
+        raise TooSlow(f"one {KINDS[job.kind]}", estimate, settings)
     seconds: list[float] = []
     while len(seconds) < settings.repeats and (not seconds or time.perf_counter() - begun < settings.max_seconds):
         seconds.append(subject.time())
@@ -224,7 +233,7 @@ def _ready(make_model: MakeModel, job: Job, settings: CostSettings) -> Subject |
     try:
         subject = Subject(make_model, job, settings)
         if job.kind == "decode":
-            subject.read(subject._draw(job.length))
+            subject.read(subject.draw(job.length))
         subject.time()
         return subject
     except Exception as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 from zoo import kernels
 
 D, H, K, N, TAPS, MIXES, WINDOW, BLOCK = 256, 4, 64, 16, 4, 5, 256, 64
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]
+"""Tensors by the names of the operator's arguments."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Case:
     """`call(inputs, backend)`: the operator's first output."""
     peers: dict[str, tuple[str, Callable[[Inputs], Tensor]]] = field(default_factory=dict)
     """Name -> the package it needs, and the same function of the same inputs by others' code."""
+
+    def on(self, backend: str) -> Callable[[Inputs], Tensor]:
+        """The call on one backend."""
+        return lambda inputs: self.call(inputs, backend)
 
 
 def _causal_conv1d(draw: Draw, batch: int, length: int) -> Case:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import zoo
+import zoo.kernels.errors
 from zoo.console import run_cli
 from zoo.eval import bench as bench_module
 from zoo.eval import bench_command, cost, kernels_bench, machine
@@ -81,7 +82,7 @@ def test_memory_counts_activations_and_caches_but_no_weights() -> None:
 
 def test_a_decoding_step_is_the_median_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = cost.Subject(tiny("mamba"), Job("decode", 8, 1), ONCE)
-    subject.read(subject._draw(8))
+    subject.read(subject.draw(8))
     clock = iter([0, 1, 10, 12, 20, 23, 30, 39, 40, 44, 50, 55, 60, 66, 70, 77])  # seconds 1 2 3 9 4 5 6 7
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert subject.time() == 4.5
@@ -92,7 +93,7 @@ def test_what_takes_too_long_is_too_slow() -> None:
     for kind in KINDS:
         row = measure(tiny("mamba"), Job(kind, 8, 1), CostSettings(max_seconds=1e-9))
         assert row["status"] == "too_slow"
-        assert "takes" in row["reason"]
+        assert "seconds: too long to measure in max_seconds=1e-09" in row["reason"]
 
 
 def test_what_cannot_run_says_why() -> None:
@@ -100,6 +101,17 @@ def test_what_cannot_run_says_why() -> None:
     assert (row["status"], "longer than max_positions=16" in row["reason"]) == ("failed", True)
     row = measure(tiny("mamba", causal=False), Job("decode", 8, 1), ONCE)
     assert "causal=false and so no state" in row["reason"]
+
+
+def test_rivals_race_in_turn_and_who_cannot_run_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+    monkeypatch.setattr(cost.Subject, "time", lambda self: order.append(self.model.architecture) or 1.0)
+    times = cost.race([tiny("mamba"), tiny("rwkv4")], Job("train", 8, 1), ONCE, 2)
+    assert times == [[1.0, 1.0], [1.0, 1.0]]
+    assert order == ["mamba", "rwkv4", "mamba", "rwkv4", "rwkv4", "mamba"]  # once to warm up
+    assert cost.race([tiny("mamba")], Job("decode", 8, 1), CostSettings(max_seconds=1e-9), 2) == [[math.inf, math.inf]]
+    with pytest.raises(zoo.kernels.errors.DataError):
+        cost.race([tiny("transformer", max_positions=16)], Job("train", 32, 1), ONCE, 2)
 
 
 def test_training_in_bf16_keeps_its_weights_and_decoding_does_not() -> None:
