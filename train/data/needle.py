@@ -153,7 +153,7 @@ def generate(
 class Needle(Synthetic[NeedleConfig]):
     """Facts in filler, one or some of which are asked for; slices `seq_len`, `depth` and `n_needles`."""
 
-    recipe = Recipe(max_steps=3_000, lr=1e-3)
+    recipe = Recipe(max_steps=2_000, lr=1e-3)
     marks = ("position",)
     generate = staticmethod(generate)
 

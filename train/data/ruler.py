@@ -39,9 +39,9 @@ from zoo.train.recipe import Recipe
 ASSIGN = DUMMY = 1  # the place of NEEDLE, which these families do not have
 FILLER_IDS = 16
 NAMES = VALUES = WORDS = 64
-NUMBER = {"digits": 7, "value_ids": 10}
-UUID = {"digits": 32, "value_ids": 16}
-_NEEDLES = {
+NUMBER: dict[str, Any] = {"digits": 7, "value_ids": 10}
+UUID: dict[str, Any] = {"digits": 32, "value_ids": 16}
+_NEEDLES: dict[str, dict[str, Any]] = {
     "niah_single_1": NUMBER | {"filler": "cycle"},
     "niah_single_2": NUMBER,
     "niah_single_3": UUID,
@@ -74,7 +74,14 @@ class RulerConfig(SyntheticConfig):
 def niah(family: str, seq_len: int) -> dict[str, Any]:
     """The arguments of `needle.generate` beside the length."""
     several = 4 if seq_len >= 512 else 2
-    form = {"n_needles": 1, "n_queries": 1, "n_values": 1, "filler": "markov", "filler_ids": FILLER_IDS, "key_ids": 64}
+    form: dict[str, Any] = {
+        "n_needles": 1,
+        "n_queries": 1,
+        "n_values": 1,
+        "filler": "markov",
+        "filler_ids": FILLER_IDS,
+        "key_ids": 64,
+    }
     form |= _NEEDLES[family]
     if family in ("niah_multikey_1", "niah_multiquery"):
         form["n_needles"] = several

@@ -8,8 +8,7 @@ Shape letters: N rows, L tokens per row.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -139,10 +138,12 @@ class Synthetic(Source[C]):
         config: its settings.
 
     Attributes:
+        generate: draws rows, from their number, a `Draws` and the arguments of a table, which are named.
         format: raised whenever `generate` gives other rows for the same arguments.
         marks: what is known of a row beside its slices, as columns of the same kind; metrics are not split by them.
     """
 
+    generate: ClassVar[Callable[..., Examples]]
     format: ClassVar[int] = 1
     marks: tuple[str, ...] = ()
     default_examples: ClassVar[dict[str, int]] = {"validation": 256, "test": 512}
@@ -156,17 +157,6 @@ class Synthetic(Source[C]):
         self.eval_batch_size = fitting if config.eval_batch_size is None else config.eval_batch_size
         self.shuffle = True if config.shuffle is None else config.shuffle
         self.slice_values = {"seq_len": sorted({*config.lengths("validation"), *config.lengths("test")})}
-
-    @staticmethod
-    @abstractmethod
-    def generate(rows: int, draws: Draws, **arguments: Any) -> Examples:
-        """Draws N = `rows` rows.
-
-        Args:
-            rows: N.
-            draws: where all randomness comes from.
-            **arguments: of one table, as `arguments` gives them.
-        """
 
     def arguments(self, split: str) -> list[dict[str, Any]]:
         """For each table of a split the arguments of `generate`."""
