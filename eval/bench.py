@@ -31,7 +31,7 @@ from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import setting
 
 GIB = 2**30
-START = 60.0
+START = 180.0
 """Seconds that a process may take to start and its compilers to run, beyond those that are for measuring."""
 
 

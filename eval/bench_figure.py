@@ -63,6 +63,10 @@ def _series(axes: Axes, rows: Sequence[dict[str, Any]], quantity: str, number: i
 
 
 def _frame(axes: Axes, lengths: Sequence[int]) -> None:
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "nothing could be measured", transform=axes.transAxes, ha="center", fontsize=9)
+        return
     axes.set(xscale="log", yscale="log", xticks=lengths)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda length, _: f"{length:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())

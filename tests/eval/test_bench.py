@@ -13,16 +13,17 @@ import pytest
 import torch
 
 import zoo
-import zoo.kernels.errors
 from zoo.console import run_cli
 from zoo.eval import bench as bench_module
 from zoo.eval import bench_command, cost, kernels_bench, machine
 from zoo.eval.bench import BenchSettings, bench
+from zoo.eval.bench_figure import draw
 from zoo.eval.cost import KINDS, CostSettings, Job, measure
 from zoo.eval.crossover import first_length
 from zoo.eval.kernel_cases import CASES, Case
 from zoo.flops import count_flops
 from zoo.kernels import backends
+from zoo.kernels.errors import DataError
 from zoo.model import create_model
 
 TINY = {"vocab_size": 11, "d_model": 24}
@@ -105,12 +106,12 @@ def test_what_cannot_run_says_why() -> None:
 
 def test_rivals_race_in_turn_and_who_cannot_run_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
-    monkeypatch.setattr(cost.Subject, "time", lambda self: order.append(self.model.architecture) or 1.0)
+    monkeypatch.setattr(cost.Subject, "time", lambda self: self.call() or order.append(self.model.architecture) or 1.0)
     times = cost.race([tiny("mamba"), tiny("rwkv4")], Job("train", 8, 1), ONCE, 2)
     assert times == [[1.0, 1.0], [1.0, 1.0]]
     assert order == ["mamba", "rwkv4", "mamba", "rwkv4", "rwkv4", "mamba"]  # once to warm up
     assert cost.race([tiny("mamba")], Job("decode", 8, 1), CostSettings(max_seconds=1e-9), 2) == [[math.inf, math.inf]]
-    with pytest.raises(zoo.kernels.errors.DataError):
+    with pytest.raises(DataError, match="max_positions=16"):
         cost.race([tiny("transformer", max_positions=16)], Job("train", 32, 1), ONCE, 2)
 
 
@@ -302,6 +303,16 @@ def test_the_command_writes_what_it_found(monkeypatch, capsys, tmp_path) -> None
     assert "mamba: decoding step after 1 x 32 tokens: " in printed.err
     assert "Training step" in printed.out
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_of_little_or_nothing(fake, suffix: str, tmp_path) -> None:
+    fake.curves = {0: lambda T: (1e-3 if T < 600 else None, 1e9), 1: lambda T: (None, 0)}
+    rows = bench([("a", 0), ("b", 1)], BenchSettings(lengths=[512, 2048]))["rows"]  # type: ignore[list-item]
+    overtaken = {"kind": "train", "quantity": "time", "measured": True, "from_length": 1024}
+    draw(rows, [overtaken], tmp_path / f"some.{suffix}")
+    draw(rows[len(rows) // 2 :], [], tmp_path / f"none.{suffix}")
+    assert all((tmp_path / f"{name}.{suffix}").stat().st_size > 1000 for name in ("some", "none"))
 
 
 @pytest.mark.parametrize(
