@@ -122,7 +122,7 @@ def _curves(comparison: Comparison) -> Chart | None:
         series.append(Series(who.index, found))
     if not any(len(one.points) > 1 for one in series):
         return None
-    caption = f"Validation, at the learning rate picked: {_range_note(comparison, 'a band')}"
+    caption = f"Validation, at the learning rate picked. {_range_note(comparison, 'a band')}"
     if stopped:
         caption += " A run that ended early counts with its last value."
     svg = lines(

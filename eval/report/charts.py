@@ -191,7 +191,10 @@ def _share(value: float) -> str:
 class _LogTicks(Locator):
     """Round numbers on a logarithmic axis: as many as have room, also where it spans less than a decade."""
 
-    _STEPS: ClassVar = {10: ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)), 2: ((1,), (1, 1.5))}
+    _STEPS: ClassVar = {
+        10: ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)),
+        2: ((1,), (1, 1.5)),
+    }
     _FEWEST = 4
 
     def __init__(self, base: int) -> None:
