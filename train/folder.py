@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def diagnostics(self) -> Path:
+        """What the model's memory did in the test, of architectures that show it; a picture lies beside it."""
+        return self.path / "diagnostics.json"
+
+    @property
     def model(self) -> Path:
         """The trained model, as `zoo.load_pretrained` reads it."""
         return self.path / "model"
@@ -74,11 +79,19 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Writes the summary as strict JSON: numbers that are not finite become null."""
-        replace_text(self.summary, json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+        _write_json(self.summary, summary)
+
+    def write_diagnostics(self, found: dict[str, Any]) -> None:
+        """Writes what `zoo.train.diagnostics.collect` found, likewise."""
+        _write_json(self.diagnostics, found)
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the latest step, or None."""
         return max(self.checkpoints.glob(CHECKPOINT_FILES), default=None)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    replace_text(path, json.dumps(_finite(tree), indent=2, allow_nan=False) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:

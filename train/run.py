@@ -25,6 +25,7 @@ from zoo.checkpoint import load_pretrained, save_pretrained
 from zoo.kernels.errors import BackendError, ConfigError
 from zoo.model import Model, create_model
 from zoo.registry import architecture
+from zoo.train import diagnostics
 from zoo.train.callbacks import Books, Signals, StopRequested, StopRules
 from zoo.train.checkpoint import AtomicCheckpointIO, Checkpoints, load_checkpoint
 from zoo.train.config import OptimConfig, TrainConfig
@@ -113,6 +114,11 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
             if mended is None:
                 raise
             raise mended from error
+        found = diagnostics.collect(module, data, device)
+        if found:
+            folder.write_diagnostics(found)
+            title = f"{config.arch} on {data.source.name}"
+            diagnostics.draw(found, title, folder.diagnostics.with_suffix(".png"))
     print_table(console, summary)
     return summary
 

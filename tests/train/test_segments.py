@@ -252,6 +252,17 @@ def test_test_metrics_are_those_of_a_text_read_on(train, text, tmp_path):
     assert run.summary["metrics"]["test"]["loss"] == pytest.approx(nats / labels, rel=1e-5)
 
 
+def test_each_pass_of_a_validation_begins_anew():
+    module, batch = module_of(make("mamba")), a_row_of_documents() | {"segment_ids": torch.zeros(2, 48).long()}
+    passes = []
+    for _ in range(2):
+        for number, segment in enumerate(segments_of(batch)):
+            module.validation_step(segment, number)
+        module.on_validation_epoch_end()
+        passes.append(module.results["val"])
+    assert passes[0] == passes[1]
+
+
 @pytest.mark.parametrize("name", zoo.list_models())
 def test_mixed_precision_carries_a_state_too(name):
     module = module_of(make(name))
@@ -259,6 +270,8 @@ def test_mixed_precision_carries_a_state_too(name):
         losses = [module.training_step(segment, i) for i, segment in enumerate(segments_of(a_row_of_documents()))]
     sum(losses).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+    if name == "transformer":
+        assert module._states["train"].layers[0][0].k.dtype == torch.bfloat16, "a cache of activations is one of theirs"
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar, cast
 
 import lightning
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from zoo.codec import Codec
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, setting
 from zoo.train.data.running import RunningEval, RunningStream, RunningText
-from zoo.train.data.stream import BatchStream, EndlessBatches, EvalBatches
+from zoo.train.data.stream import Batch, BatchStream, EndlessBatches, EvalBatches
 from zoo.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -102,6 +103,10 @@ class Source(ABC, Generic[ConfigT]):
             windows: some of the rows of `windows(split)`; None: what `load(split)` gives.
         """
         return None
+
+    def answer_positions(self, batch: Batch) -> Tensor | None:
+        """Where in its row the fact stands that the labels of a batch ask for, (B,) int64; None: nobody knows."""
+        return cast("Tensor | None", batch["slices"].get("position"))
 
     def facts(self) -> dict[str, Any]:
         """What identifies the data, for a run's summary: plain strings and numbers."""
