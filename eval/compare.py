@@ -264,9 +264,10 @@ def _print_help() -> None:
     for name, default, text in describe_settings(CompareConfig):
         print(f"  {name:<10} {text}" + (f" [{default}]" if default else ""))
     print(
-        f"\ndata.KEY, trainer.KEY and optim.KEY are as `zoo train --help` has them; arch.NAME.KEY sets one architecture,"
-        f"\nas in arch.mamba.d_state=32, and the budget leaves it alone. Runs stop at a validation accuracy of {STOP_AT}"
-        f"\nunless trainer.stop_at says otherwise. The same command goes on with a comparison that was cut short."
+        f"\ndata.KEY, trainer.KEY and optim.KEY are as `zoo train --help` has them; arch.NAME.KEY sets one"
+        f"\narchitecture, as in arch.mamba.d_state=32, and the budget leaves it alone. Runs stop at a validation"
+        f"\naccuracy of {STOP_AT} unless trainer.stop_at says otherwise. The same command goes on with a comparison"
+        f"\nthat was cut short."
     )
 
 

@@ -27,7 +27,7 @@ class CompareConfig(Settings):
     objective: str = setting("causal", "what is learnt: " + ", ".join(OBJECTIVES), choices=list(OBJECTIVES))
     seeds: Any = setting(2, "how many seeds, or which: seeds=3 or seeds=[0,1,2]")
     lrs: list[float] | None = setting(
-        None, "learning rates, for all; null: a third, one and three times what suits data and architecture"
+        None, "learning rates, for all; null: half, one and two times what suits data and architecture"
     )
     match: str = setting(
         "params", "what is the same for all: params, flops (per token, forward), state (bytes) or none",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,14 +17,17 @@ from zoo.eval.compare_config import CompareConfig, Words
 from zoo.eval.measure import machine_info
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.registry import architecture, list_models
-from zoo.train.config import BASELINE, DEFAULT_DATA, TrainConfig, as_override, train_config
+from zoo.train.config import BASELINE, DEFAULT_DATA, TrainConfig, TrainerConfig, as_override, train_config
 from zoo.train.data import DataModule, Source
 from zoo.train.folder import different_keys
 from zoo.train.run import decide, pick_device
 
-LR_GRID = (1 / 3, 1.0, 3.0)
+LR_GRID = (0.5, 1.0, 2.0)
 """Times the learning rate that suits data and architecture."""
 STOP_AT = 0.99
+"""Validation accuracy at which a run ends: what is learnt need not be learnt on."""
+STEPS, VALIDATIONS = 0.6, 20
+"""Of the steps that the dataset recommends, as each architecture has several runs; and looks at validation in them."""
 STATE_LENGTHS = (1_024, 65_536)
 MAY_CHANGE = frozenset({"jobs", "threads", "bench", "lengths", "launcher", "solved_at", "name", "folder"})
 """Settings that change no result of training."""
@@ -114,6 +119,7 @@ def make_plan(config: CompareConfig, words: Words) -> Plan:
     data.prepare_data()
     source = data.source
     length = longest(source, "train")
+    common += _pace(base.trainer, source)
 
     def given(name: str) -> dict[str, Any]:
         """The settings that are not for the budget to choose."""
@@ -145,15 +151,16 @@ def make_plan(config: CompareConfig, words: Words) -> Plan:
             state_bytes={n: budget.measure(name, decided.model, n).state_bytes for n in lengths},
         )
 
+    contestants = [_named(name, functools.partial(contestant, name)) for name in names]
     is_text = config.objective == "causal" and source.bytes_per_label("validation") is not None
     return Plan(
         config=config,
         words=words,
-        base=decide(base, source),
+        base=decide(train_config(words_of(names[0])), source),
         source=source,
         length=length,
         metric="bits_per_byte" if is_text else "acc",
-        contestants=[_named(name, lambda name=name: contestant(name)) for name in names],  # type: ignore[misc]
+        contestants=contestants,
     )
 
 
@@ -173,6 +180,13 @@ def describe(plan: Plan) -> dict[str, Any]:
         "machine": machine_info(pick_device(plan.base.trainer.accelerator)),
         "zoo_version": zoo.__version__,
     }
+
+
+def _pace(trainer: TrainerConfig, source: Source[Any]) -> list[str]:
+    """How long and how often, where the settings leave it open."""
+    steps = trainer.max_steps or round(STEPS * source.recipe.max_steps)
+    val_every = trainer.val_every or math.ceil(steps / VALIDATIONS)
+    return [f"trainer.max_steps={steps}", f"trainer.val_every={val_every}"]
 
 
 def longest(source: Source[Any], split: str) -> int:
