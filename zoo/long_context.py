@@ -6,14 +6,17 @@ import dataclasses
 from typing import Any
 
 from zoo.architectures.hybrid import HybridConfig
+from zoo.architectures.landmark import Landmark
 from zoo.config import ModelConfig
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.layers.attention import Attention, AttentionConfig
 from zoo.layers.cache import CachedAttention, CachePolicy
 from zoo.layers.heavy_hitters import H2O
+from zoo.layers.landmark_retrieval import Retrieval
 from zoo.layers.rope_scaling import SCALINGS
 from zoo.layers.streaming import Streaming, Window
 from zoo.model import Model
+from zoo.settings import S
 
 
 def set_rope_scaling(model: Model, name: str, /, **settings: Any) -> None:
@@ -52,8 +55,14 @@ def set_rope_scaling(model: Model, name: str, /, **settings: Any) -> None:
     model.config = config
 
 
-POLICIES: dict[str, type[CachePolicy] | None] = {"full": None, "window": Window, "streaming": Streaming, "h2o": H2O}
-"""What a cache may keep, by name; None: everything."""
+POLICIES: dict[str, type[CachePolicy] | type[Retrieval] | None] = {
+    "full": None,
+    "window": Window,
+    "streaming": Streaming,
+    "h2o": H2O,
+    "landmark": Retrieval,
+}
+"""What a cache may keep, or what of it is read, by name; None: everything."""
 
 
 def set_cache(model: Model, name: str, /, **settings: Any) -> None:
@@ -63,10 +72,14 @@ def set_cache(model: Model, name: str, /, **settings: Any) -> None:
     as before. A state belongs to the cache that it was made with: begin with a new one. Nothing is saved with the
     model.
 
+    Landmark attention keeps everything. For it, "landmark" says how many blocks of that a token reads, in whole
+    sequences too; where gradients are recorded all are read. Only another memory_device wants a new state.
+
     Args:
         model: The model, changed in place.
-        name: full (as it was built), window (window=), streaming (sinks=, window=) or h2o (recent=, heavy=).
-        **settings: Of that policy; see `zoo.layers.streaming` and `zoo.layers.heavy_hitters`.
+        name: full (everything), window (window=), streaming (sinks=, window=) or h2o (recent=, heavy=); landmark
+            (top_k=, retrieval=, memory_device=) for arch=landmark.
+        **settings: Of that policy; see `zoo.layers.streaming`, `heavy_hitters` and `landmark_retrieval`.
 
     Raises:
         ConfigError: Unknown name or setting, or a bad value; an architecture without such a cache, or a model that
@@ -79,12 +92,11 @@ def set_cache(model: Model, name: str, /, **settings: Any) -> None:
     if kind is None and settings:
         raise ConfigError(f"cache 'full' has no setting {next(iter(settings))!r}: it has none")
     policy = None if kind is None else _named_settings(kind, settings, name)
-    caches = [mixer for mixers in model.mixers() for mixer in mixers if isinstance(mixer, CachedAttention)]
+    choosing = {None: (CachedAttention, Landmark), Retrieval: (Landmark,)}.get(kind, (CachedAttention,))
+    caches = [mixer for mixers in model.mixers() for mixer in mixers if isinstance(mixer, choosing)]
     if not caches:
-        raise ConfigError(
-            f"this {model.architecture} has no cache to choose: only the attention of a transformer, alone or in a "
-            f"hybrid, has"
-        )
+        having = "that of landmark" if kind is Retrieval else "the attention of a transformer"
+        raise ConfigError(f"this {model.architecture} has no cache to choose: only {having}, alone or in a hybrid, has")
     if not model.config.causal:
         raise ConfigError(
             f"this {model.architecture} has causal=false and so no cache to choose: build it with causal=true"
@@ -103,7 +115,7 @@ def has_cache_policy(model: Model) -> bool:
     return any(isinstance(m, CachedAttention) and m.policy is not None for mixers in model.mixers() for m in mixers)
 
 
-def _named_settings(kind: type[CachePolicy], settings: dict[str, Any], name: str) -> CachePolicy:
+def _named_settings(kind: type[S], settings: dict[str, Any], name: str) -> S:
     try:
         return kind.from_dict(settings, owner=f"cache {name!r}")
     except ConfigError as error:

@@ -18,23 +18,25 @@ class NoState(NamedTuple):
 
 
 class Wrapper(nn.Module):
-    """What an architecture has around its blocks where they read more tokens than the model does (`landmark`).
+    """What an architecture has around its blocks where they read more tokens than the model does (`landmark`)."""
 
-    The mixers get no segment ids then: what they must know of the tokens, the wrapper leaves in `shared`.
-    """
+    strict = False
+    """Whether mixers of other architectures stand in the blocks too, to which its tokens are like all others."""
 
-    def insert(self, x: Tensor, positions: Tensor, shared: dict[str, Any], *, carried: bool, packed: bool) -> Tensor:
+    def insert(
+        self, x: Tensor, positions: Tensor, segment_ids: Tensor | None, shared: dict[str, Any], *, carried: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """What the blocks read.
 
         Args:
             x: The embedded tokens, (B, T, D).
             positions: Place of each token in its document, (B, T).
+            segment_ids: (B, T), packed documents, or None.
             shared: See `Mixer.shares`.
             carried: Whether there is a state.
-            packed: Whether a row may hold several documents.
 
         Returns:
-            (B, T', D).
+            (B, T', D), and segment ids (B, T') where there were any.
         """
         raise NotImplementedError
 

@@ -174,8 +174,7 @@ class Model(nn.Module):
             shared["global_tokens"] = global_tokens
         ids = segment_ids
         if self.wrapper is not None and positions is not None:
-            carried, packed, ids = state is not None, segment_ids is not None, None
-            x = self.wrapper.insert(x, positions, shared, carried=carried, packed=packed)
+            x, ids = self.wrapper.insert(x, positions, segment_ids, shared, carried=state is not None)
         next_layers = []
         for i, block in enumerate(self.blocks):
             x, next_states = block(x, None if state is None else state.layers[i], ids, shared)

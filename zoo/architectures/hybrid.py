@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from zoo.config import ModelConfig
-from zoo.mixer import Mixer
+from zoo.mixer import Mixer, Wrapper
 from zoo.registry import architecture, register
 from zoo.settings import setting
 
@@ -44,6 +44,16 @@ class HybridConfig(ModelConfig):
 @register("hybrid", config=HybridConfig)
 class Hybrid(Mixer):
     """Hybrid: a pattern of the other architectures, block by block."""
+
+    @classmethod
+    def make_wrapper(cls, config: HybridConfig) -> Wrapper | None:
+        """That of the member that has one: the others read the tokens that it inserts like all others."""
+        members = dict.fromkeys(config.pattern)
+        wrappers = (architecture(name).mixer.make_wrapper(config.member(name)) for name in members)
+        wrapper = next((wrapper for wrapper in wrappers if wrapper is not None), None)
+        if wrapper is not None:
+            wrapper.strict = len(members) > 1
+        return wrapper
 
     @classmethod
     def sublayers(cls, config: HybridConfig, layer: int) -> list[Mixer]:

@@ -3,7 +3,7 @@
 Behind each block of tokens stands a landmark. A token sees the tokens of other blocks through what it gives to their
 landmarks, and so learns to choose blocks; without gradients it may then read the best few of them only.
 
-Letters: B batch, S slots (tokens and landmarks), C blocks, l block size, H query heads, G key/value heads, K head width.
+Letters: B batch, S slots (tokens and landmarks), T tokens, C blocks, H query heads, G key/value heads, K head width.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Landmark(Attention):
     def __init__(self, config: LandmarkConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.block_size, self.layer = config.block_size, layer
-        self.retrieval: Retrieval = config
+        self.policy: Retrieval | None = config
 
     def forward(
         self, x: Tensor, state: Any = None, segment_ids: Tensor | None = None, shared: dict[str, Any] | None = None
@@ -92,7 +92,8 @@ class Landmark(Attention):
         return self.out_proj(y.flatten(2)), None if state is None else remaining(after, slots)
 
     def _retrieves(self, qk: Tensor) -> bool:
-        return self.retrieval.top_k is not None and not (torch.is_grad_enabled() and qk.requires_grad)
+        chooses = self.policy is not None and self.policy.top_k is not None
+        return chooses and not (torch.is_grad_enabled() and qk.requires_grad)
 
     def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary(x, places)
@@ -123,6 +124,7 @@ class Landmark(Attention):
 
     def _read_few(self, q: Tensor, state: LandmarkState, slots: Slots, shows: dict[str, Tensor] | None) -> Tensor:
         """Attends to the own block, and to those that are chosen from a state that has grown."""
+        assert self.policy is not None, "`_retrieves` has asked"
         size = self.block_size + 1
         places, offsets = slots.places.clamp(min=0), slots.places.clamp(min=0) % size
         begins_at = state.last_k.shape[1] - places.shape[1]  # the tokens of the block that was not whole
@@ -144,19 +146,19 @@ class Landmark(Attention):
         if state.k.shape[1]:
             before = state.k.shape[1] - slots.marks.sum(1).max() + slots.marks.cumsum(1) - slots.marks.long()
             blocks = Blocks(*state[:3], before, places // size, offsets)
-            drawn, other, chosen = retrieve(q, blocks, self.retrieval, self.rotary, self.head_dim**-0.5)
+            drawn, other, chosen = retrieve(q, blocks, self.policy, self.rotary, self.head_dim**-0.5)
             share = torch.sigmoid((other - lse).nan_to_num(-torch.inf))[..., None]  # (B, S, H, 1)
             y = torch.lerp(y, drawn.to(y.dtype), share.to(y.dtype))
         if shows is not None:
             chosen = take(chosen, slots.at)
-            shows[f"retrieved/{self.layer}"] = chosen[:, :, 0] if self.retrieval.retrieval == "token" else chosen
+            shows[f"retrieved/{self.layer}"] = chosen[:, :, 0] if self.policy.retrieval == "token" else chosen
         return y
 
     def init_state(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> LandmarkState:
         """Nothing read."""
-        held = self.retrieval.memory_device or device
+        held = (self.policy.memory_device if self.policy is not None else None) or device
         one = (self.n_kv_heads, self.head_dim)
         shapes = [(0, *one), (0, self.block_size, *one), (0, self.block_size, *one), (0, *one), (0, *one)]
         devices = (device, held, held, device, device)

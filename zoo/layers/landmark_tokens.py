@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.documents import document_ends
-from zoo.kernels.errors import ConfigError
+from zoo.kernels.errors import ConfigError, DataError
 from zoo.mixer import Wrapper
 
 
@@ -57,24 +57,44 @@ class LandmarkTokens(Wrapper):
 
     Where a token sees both sides, the last block of a document gets one too, complete or not: without it, tokens of
     other blocks could not reach it.
+
+    Args:
+        d_model: D.
+        block_size: Tokens of a block.
+        causal: Whether a token sees only what came before it.
+        strict: Whether rows must have equal numbers of landmarks where a state is carried: other mixers than those that
+            know `Slots` would take slots of nothing for tokens.
     """
 
-    def __init__(self, d_model: int, block_size: int, causal: bool) -> None:
+    def __init__(self, d_model: int, block_size: int, causal: bool, *, strict: bool = False) -> None:
         super().__init__()
-        self.block_size, self.causal = block_size, causal
+        self.block_size, self.causal, self.strict = block_size, causal, strict
         self.embedding = nn.Embedding(1, d_model)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def insert(self, x: Tensor, positions: Tensor, shared: dict[str, Any], *, carried: bool, packed: bool) -> Tensor:
-        """See `Wrapper.insert`; leaves `Slots` in shared["landmarks"]."""
+    def insert(
+        self, x: Tensor, positions: Tensor, segment_ids: Tensor | None, shared: dict[str, Any], *, carried: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Wrapper.insert`; leaves `Slots` in shared["landmarks"].
+
+        Raises:
+            DataError: It is `strict`, and rows differ.
+        """
         n_tokens = x.shape[1]
         closes = (positions + 1) % self.block_size == 0
         if not self.causal:
             closes = closes | F.pad(positions[:, 1:] == 0, (0, 1), value=True)
-        if not carried and (self.causal or not packed):  # known without a look at numbers, which a GPU would wait for
+        if not carried and (
+            self.causal or segment_ids is None
+        ):  # known without a look at numbers, which a GPU would wait for
             most = self.length(n_tokens) - n_tokens
         else:
-            most = int(closes.sum(1).max())
+            fewest, most = (int(x) for x in closes.sum(1).aminmax())
+            if self.strict and carried and fewest < most:
+                raise DataError(
+                    "rows whose blocks end at different tokens cannot be carried on in a hybrid with landmark: "
+                    "read each row by itself"
+                )
         times = torch.arange(n_tokens, device=x.device).expand_as(positions)
         at = times + closes.cumsum(1) - closes.long()  # (B, T)
         behind = torch.where(closes, at + 1, n_tokens + most)  # the column of those without is cut off
@@ -88,7 +108,13 @@ class LandmarkTokens(Wrapper):
         if not self.causal:
             ends = document_ends(torch.arange(shape[1] - 1, device=x.device) - places)
         shared["landmarks"] = Slots(places, marks, at, ends)
-        return torch.where(marks[..., None], self.embedding.weight.to(x.dtype), take(x, source))
+        source = torch.where(marks, source.roll(1, 1), source)  # a landmark is of the document of the token before it
+        if segment_ids is not None:  # what is nothing is of no document
+            segment_ids = torch.where(places >= 0, take(segment_ids, source), segment_ids[:, -1:] + 1)
+        if "global_tokens" in shared:
+            shared["global_tokens"] = take(shared["global_tokens"], source) & (places >= 0) & ~marks
+        x = torch.where(marks[..., None], self.embedding.weight.to(x.dtype), take(x, source))
+        return x, segment_ids
 
     def remove(self, x: Tensor, shared: dict[str, Any]) -> Tensor:
         """See `Wrapper.remove`."""
