@@ -10,7 +10,6 @@ Shape letters: N rows, L tokens per row, P pairs, K different keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -26,10 +25,13 @@ from zoo.train.recipe import Recipe
 class AssocRecallConfig(NextTokenConfig):
     """Settings of `data=assoc_recall`. The published ones are seq_len=42 vocab_size=20."""
 
-    parity: ClassVar[int | None] = 0
     seq_len: int = setting(34, "tokens per sequence in training and validation, even: the pairs and two", minimum=4)
     test_lengths: list[int] | None = setting([34, 66, 130], "the same in the test, one or several; null: seq_len")
     vocab_size: int = setting(12, "token ids: keys, values and two more", minimum=4)
+
+    def parity(self) -> int | None:
+        """Even lengths."""
+        return 0
 
     def shortest(self) -> int:
         """A pair, the prefix and the key."""

@@ -10,7 +10,7 @@ Shape letters: N rows, L tokens per row, P pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +29,14 @@ PLACES = 16
 class DepthCurveConfig(SyntheticConfig):
     """Settings of `data=depth_curve`. P pairs take 2 P + 2 tokens."""
 
-    parity: ClassVar[int | None] = 0
     seq_len: int = setting(34, "tokens per sequence in training and validation, even: the pairs and two", minimum=4)
     test_lengths: list[int] | None = setting([34, 66], "the same in the test, one or several; null: seq_len")
     key_ids: int = setting(64, "different keys", minimum=1)
     value_ids: int = setting(64, "different values", minimum=1)
+
+    def parity(self) -> int | None:
+        """Even lengths."""
+        return 0
 
     def check(self) -> None:
         """Refuses more pairs than keys or values.

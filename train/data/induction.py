@@ -51,7 +51,7 @@ def generate(rows: int, draws: Draws, *, seq_len: int, vocab_size: int) -> Examp
 class Induction(Synthetic[InductionConfig]):
     """Induction heads; slices `seq_len` and `depth`."""
 
-    recipe = Recipe(max_steps=1_000, lr=1e-3)
+    recipe = Recipe(max_steps=2_000, lr=1e-3)
     marks = ("position",)
     generate = staticmethod(generate)
 

@@ -34,22 +34,28 @@ from zoo.train.recipe import Recipe
 class MadMemorizeConfig(SyntheticConfig):
     """Settings of `data=mad_memorize`. MAD has vocab_size=256."""
 
-    parity: ClassVar[int | None] = 0
     num_examples: int | None = setting(None, "training examples; null: 256", minimum=1)
     seq_len: int = setting(32, "tokens per sequence in training and validation, even", minimum=2)
     vocab_size: int = setting(64, "token ids: keys, as many values or one more, and the insert token", minimum=3)
+
+    def parity(self) -> int | None:
+        """Even lengths."""
+        return 0
 
 
 @dataclass(kw_only=True)
 class MadCompressCausalConfig(SyntheticConfig):
     """Settings of `data=mad_compress_causal`. MAD's length counts the tokens up to the compress token."""
 
-    parity: ClassVar[int | None] = 1
     seq_len: int = setting(
         31, "tokens per sequence in training and validation, odd: the tokens twice and one", minimum=3
     )
     test_lengths: list[int] | None = setting([31, 63], "the same in the test, one or several; null: seq_len")
     vocab_size: int = setting(8, "token ids: those to be compressed and the compress token", minimum=3)
+
+    def parity(self) -> int | None:
+        """Odd lengths."""
+        return 1
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,7 @@ Shape letters: N rows, L tokens per row, P pairs, U pairs that `mad_fuzzy` draws
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +32,15 @@ from zoo.train.recipe import Recipe
 class MadRecallConfig(NextTokenConfig):
     """Settings of `data=mad_recall`. MAD has seq_len=127 vocab_size=16."""
 
-    parity: ClassVar[int | None] = 1
     seq_len: int = setting(
         31, "tokens per sequence in training and validation, odd: the last value is asked", minimum=3
     )
     test_lengths: list[int] | None = setting([31, 63, 127], "the same in the test, one or several; null: seq_len")
     vocab_size: int = setting(8, "token ids: the lower half keys, the upper half values", minimum=2)
+
+    def parity(self) -> int | None:
+        """Odd lengths."""
+        return 1
 
     def shortest(self) -> int:
         """A pair and its key again."""

@@ -50,12 +50,7 @@ class SyntheticConfig(DataConfig):
     """Settings of all generated tasks.
 
     A length is always the number of tokens that the model sees. What a task adds become arguments of its generator.
-
-    Attributes:
-        parity: 0 where lengths must be even, 1 where odd; None: any.
     """
-
-    parity: ClassVar[int | None] = None
 
     num_examples: int | None = setting(
         None, "training examples; null: as many as the recipe's steps take, each seen once", minimum=1
@@ -79,8 +74,8 @@ class SyntheticConfig(DataConfig):
         self.check()
         for name, split in (("seq_len", "train"), ("test_lengths", "test")):
             lengths = self.lengths(split)
-            if self.parity is not None and any(length % 2 != self.parity for length in lengths):
-                self.fail(name, f"expected {'odd' if self.parity else 'even'} numbers")
+            if self.parity() is not None and any(length % 2 != self.parity() for length in lengths):
+                self.fail(name, f"expected {'odd' if self.parity() else 'even'} numbers")
             if min(lengths) < self.shortest():
                 self.fail(name, f"expected at least {self.shortest()} with the other settings as they are")
 
@@ -99,6 +94,10 @@ class SyntheticConfig(DataConfig):
         Raises:
             ConfigError: They do not.
         """
+
+    def parity(self) -> int | None:
+        """0 where lengths must be even, 1 where odd; None: any."""
+        return None
 
     def shortest(self) -> int:
         """The least length for which there are sequences."""

@@ -270,7 +270,7 @@ def _solve_ruler(family, seq_len, **arguments):
 def _copyings(draw):
     form = draw(st.sampled_from(["copy", "prefix_ngram", "suffix_ngram", "duplicate_ngram"]))
     ngram, letters = draw(st.integers(1, 3)), draw(st.integers(8, 40))
-    shortest = 2 * ngram + draw(st.integers(0, 3))
+    shortest = 2 * ngram + draw(st.integers(2, 5))  # fewer letters make too few different strings
     seq_len = 2 * shortest + 3 + draw(st.integers(0, 20))
     return {"form": form, "ngram": ngram, "letters": letters, "min_letters": shortest, "seq_len": seq_len}
 
