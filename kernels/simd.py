@@ -201,9 +201,8 @@ def broadcast(typing: Any, array: Any, index: Any) -> Any:
     return Vector(array.dtype)(array, types.intp), codegen
 
 
-@intrinsic
-def total(typing: Any, vector: Any) -> Any:
-    """Sum over the lanes, as a tree of fixed shape: the same on every machine."""
+def _folded(combine: Callable[..., ir.Value]) -> Callable[..., Any]:
+    """Makes the code of a function of all lanes, as a tree of fixed shape: the same on every machine."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> ir.Value:
         (value,) = values
@@ -213,10 +212,22 @@ def total(typing: Any, vector: Any) -> Any:
             index = ir.VectorType(ir.IntType(32), width)
             low = builder.shuffle_vector(value, value, ir.Constant(index, list(range(width))))
             high = builder.shuffle_vector(value, value, ir.Constant(index, list(range(width, 2 * width))))
-            value = builder.fadd(low, high)
+            value = combine(builder, low, high)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
-    return vector.dtype(vector), codegen
+    return codegen
+
+
+@intrinsic
+def total(typing: Any, vector: Any) -> Any:
+    """Sum over the lanes."""
+    return vector.dtype(vector), _folded(lambda builder, a, b: builder.fadd(a, b))
+
+
+@intrinsic
+def largest(typing: Any, vector: Any) -> Any:
+    """Largest of the lanes."""
+    return vector.dtype(vector), _folded(lambda builder, a, b: builder.select(builder.fcmp_ordered("<", a, b), b, a))
 
 
 @intrinsic

@@ -29,6 +29,7 @@ from zoo.kernels.relative_attention.segments import Segments, visible_pairs
 backends.register(
     "relative_attention",
     [
+        backends.Backend("numba", backends.numba),
         backends.Backend("torch", backends.anywhere),
         backends.Backend("reference", backends.anywhere),
     ],

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.kernels import Segments, relative_attention, relative_attention_flops
 from zoo.kernels.errors import BackendError, ZooError
 
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "torch", "numba"]
 NAMES = ("q", "p", "k", "v", "memory_k", "memory_v", "r")
 
 
