@@ -68,11 +68,14 @@ def main() -> None:
         outcomes = [run_entry(entry, model, past, codec, config.chunk) for entry in _shown(SUITES[config.suite])]
     else:
         outcomes = [_one(config, data_words, model, past)]
-    for outcome in sorted(outcomes, key=lambda outcome: bool(outcome.reason)):
+    left_out: dict[str, list[str]] = {}
+    for outcome in outcomes:
         if outcome.reason:
-            console.print(f"{outcome.name}: not evaluated, {outcome.reason}", soft_wrap=True, highlight=False)
+            left_out.setdefault(outcome.reason, []).append(outcome.name)
         else:
             _print(console, outcome)
+    for reason, names in left_out.items():
+        console.print(f"not evaluated, {reason}: {', '.join(names)}", highlight=False)
     if config.out is not None:
         _write(Path(config.out), config, outcomes)
 

@@ -33,6 +33,9 @@ class Entry:
     kind: str = "labels"
 
 
+MAD = ("mad_recall", "mad_noisy", "mad_fuzzy", "mad_memorize", "mad_compress_causal", "mad_selcopy")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What came out of one task, or why nothing did."""
@@ -75,7 +78,7 @@ def run_entry(entry: Entry, model: Model, past: History | None, codec: Codec | N
 def _labels(entry: Entry, model: Model, past: History | None, chunk: int) -> Outcome:
     if past is None or past.data != entry.data:
         learnt = "nothing that its folder tells of" if past is None else f"data={past.data}"
-        return Outcome(entry.name, reason=f"it was trained on {learnt}, not on data={entry.data}")
+        return Outcome(entry.name, reason=f"it was trained on {learnt}, not on these data")
     data = DataModule(data_config(entry.data, past.settings, entry.longer), seed=0)
     data.prepare_data()
     objective = make_objective(past.objective, data.source.vocab_size, mask_rate=past.mask_rate)
@@ -101,13 +104,26 @@ def _number(entry: Entry, model: Model, codec: Codec) -> Outcome:
     return Outcome(entry.name, metrics, {"chance": 1 / 50_000})
 
 
-SUITES: dict[str, list[Entry]] = {
-    "longrange": [
-        Entry("mqar", "mqar"),
-        Entry("listops", "listops"),
-        Entry("state_tracking", "state_tracking"),
-        Entry("perplexity by position", "pystdlib", kind="position"),
-        Entry("a number hidden in text", "text", kind="number"),
-    ],
-}
+FARTHER = "data.test_lengths=[64,128,256,512,1024,2048,4096,8192,16384]"
+"""For a task whose answer only moves away with the length."""
+SYNTHETIC = [
+    Entry("multi-query associative recall", "mqar"),
+    Entry("associative recall", "assoc_recall"),
+    Entry("induction heads", "induction", (FARTHER, "data.test_examples=64")),
+    Entry("selective copying", "selective_copying"),
+    Entry("copying", "copying"),
+    *(Entry(name.replace("_", ": ", 1).replace("_", " "), name) for name in MAD),
+    Entry("passkey", "passkey", ("data.test_lengths=[128,256,512,1024,2048,4096]", "data.test_examples=200")),
+    Entry("needles", "needle", ("data.test_lengths=[128,256,512,1024,2048,4096]", "data.test_examples=200")),
+    Entry("RULER in tokens", "ruler"),
+    Entry("lost in the middle", "depth_curve"),
+    Entry("ListOps", "listops"),
+    Entry("parity", "parity"),
+    Entry("word problem", "word"),
+]
+TEXT = [
+    Entry("perplexity by position", "pystdlib", kind="position"),
+    Entry("a number hidden in text", "text", kind="number"),
+]
+SUITES: dict[str, list[Entry]] = {"longrange": [*SYNTHETIC, *TEXT], "text": TEXT}
 """Tasks by suite. A task that a dataset adds is one line here."""

@@ -13,10 +13,11 @@ from zoo.console import run_cli
 from zoo.eval import command
 from zoo.eval.evaluate import evaluate
 from zoo.eval.history import history
+from zoo.eval.suites import SUITES, data_config
 from zoo.eval.text import FIRST_BUCKET, by_position, hidden_number, windows
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.train.config import train_config
-from zoo.train.data import DataModule
+from zoo.train.data import DataModule, list_data
 from zoo.train.objectives import make_objective
 from zoo.train.run import run
 
@@ -103,8 +104,8 @@ def test_command_writes_what_it_prints(recall: dict, monkeypatch, capsys, tmp_pa
 def test_suite_runs_what_fits_and_says_what_does_not(recall: dict, reader: dict, monkeypatch, capsys) -> None:
     assert tell(monkeypatch, f"model={recall['folder']}", "suite=longrange") == 0
     told = capsys.readouterr().out
-    assert "mqar\n" in told
-    assert "it was trained on data=mqar, not on data=listops" in told
+    assert "multi-query associative recall\n" in told
+    assert "it was trained on data=mqar, not on these data: associative recall" in " ".join(told.split())
     assert "not trained on text" in told
     assert tell(monkeypatch, f"model={reader['folder']}", "suite=longrange") == 0
     told = capsys.readouterr().out
@@ -112,11 +113,19 @@ def test_suite_runs_what_fits_and_says_what_does_not(recall: dict, reader: dict,
     assert "depth=0.5" in told
 
 
+def test_suites_name_data_that_exist() -> None:
+    entries = [entry for suite in SUITES.values() for entry in suite]
+    for entry in entries:
+        assert data_config(entry.data, {"path": "a.txt"} if entry.data == "text" else {}, entry.longer)
+    trained_for = {entry.data for entry in entries if entry.kind == "labels"}
+    assert trained_for == set(list_data()) - {"pystdlib", "text"}
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["data=nonsense"], "no dataset 'nonsense'"),
-        (["suite=short"], "suite='short' is not valid: expected longrange"),
+        (["suite=short"], "suite='short' is not valid: expected longrange or text"),
         (["data=mqar", "suite=longrange"], "one of the two"),
         (["suite=longrange", "data.seq_len=3"], "sets one dataset"),
         (["data.seq_length=3"], "did you mean"),
