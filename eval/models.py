@@ -24,7 +24,7 @@ from zoo.eval.suites import data_config
 from zoo.kernels.errors import ConfigError, ZooError
 from zoo.model import Model
 from zoo.train.data import DataModule
-from zoo.train.folder import different_keys
+from zoo.train.folder import RunFolder, different_keys
 from zoo.train.objectives import make_objective
 
 
@@ -53,13 +53,13 @@ def evaluate_models(
     is_text = objective_name == "causal" and data.source.bytes_per_label("test") is not None
     metric = "bits_per_byte" if is_text else "acc"
     known = [(label, past.record) for label, past in pasts.items() if past is not None]
-    results.check_batches((label, record["seed"], record) for label, record in known)
+    results.check_batches((label, record.get("seed"), record) for label, record in known if "batch_hash" in record)
     entries, rows = [], []
     for label, place in names.items():
         model, past = load_pretrained(place), pasts[label]
         row: Row = {"label": label, "arch": model.architecture, "chosen": True, "reason": ""}
         if past is not None:
-            row |= results.figures(past.record, metric) | {"seed": past.record["seed"], "run": past.record["folder"]}
+            row |= results.figures(past.record, metric) | {"seed": past.record.get("seed"), "run": _run(place)}
         row["params"] = sum(p.numel() for p in model.parameters())
         try:
             scores = evaluate(model, data, objective=objective)
@@ -92,6 +92,12 @@ def _labels(models: list[str]) -> dict[str, str]:
 
     labels = [short(name) for name in models]
     return {label if labels.count(label) == 1 else name: name for label, name in zip(labels, models, strict=True)}
+
+
+def _run(place: str) -> str | None:
+    """The folder of the run that a model came from, if it lies there."""
+    folder = Path(place).resolve()
+    return next((str(path) for path in (folder, folder.parent) if RunFolder(path).metrics.exists()), None)
 
 
 def _data(config: CompareConfig, pasts: dict[str, History | None]) -> tuple[str, dict[str, Any], History | None]:

@@ -84,7 +84,7 @@ def choose(rows: Sequence[Row], metric: str, *, higher_is_better: bool) -> None:
             row["chosen"] = row["chosen"] or (row["label"] == label and row["lr"] == best)
 
 
-def check_batches(runs: Iterable[tuple[str, int, Mapping[str, Any]]]) -> None:
+def check_batches(runs: Iterable[tuple[str, int | None, Mapping[str, Any]]]) -> None:
     """Holds the hashes of training batches against each other: those of one seed are the same as far as runs went.
 
     Args:
@@ -93,7 +93,7 @@ def check_batches(runs: Iterable[tuple[str, int, Mapping[str, Any]]]) -> None:
     Raises:
         DataError: Two runs of one seed were given other batches.
     """
-    seen: dict[tuple[int, str], tuple[str, str]] = {}
+    seen: dict[tuple[int | None, str], tuple[str, str]] = {}
     for name, seed, summary in runs:
         # The hash after 1, 2, 4, 8, ... batches, and after the last.
         hashes = {
