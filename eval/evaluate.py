@@ -61,6 +61,7 @@ def evaluate(
     metric = TokenMetrics(
         source.slice_values,
         source.bytes_per_label(split) if own_labels else None,
+        joint=source.joint_slices,
         perplexity=objective.perplexity,
     )
     device = model.embedding.weight.device

@@ -5,6 +5,7 @@ Letters: B batch, L length, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -33,6 +34,7 @@ class TokenMetrics(Metric):
         slice_values: Mapping[str, Sequence[int]] | None = None,
         bytes_per_label: float | None = None,
         *,
+        joint: Sequence[Sequence[str]] = (),
         perplexity: str = "perplexity",
     ) -> None:
         """Declares the sums.
@@ -40,15 +42,24 @@ class TokenMetrics(Metric):
         Args:
             slice_values: Every value that each slice can take; values met in no example give no result.
             bytes_per_label: Bytes of text that one label stands for; None where the data are no text.
+            joint: Slices by which the data are split together, named like "acc/seq_len=512,depth=3".
             perplexity: What the exponential of the loss is called.
         """
         super().__init__()
-        self.slices = {name: list(values) for name, values in (slice_values or {}).items()}
+        known = slice_values or {}
+        combinations = [
+            dict(zip(names, values, strict=True))
+            for names in [*([name] for name in known), *joint]
+            for values in itertools.product(*(known[name] for name in names))
+        ]
+        self.parts: list[dict[str, int]] = [{}, *combinations]
+        """Values of the slices that an example of each row of `sums` has."""
         self.bytes_per_label = bytes_per_label
         self.perplexity = perplexity
-        rows = 1 + sum(map(len, self.slices.values()))
         # float64 counts exactly up to 2**53; one tensor costs one reduction between processes.
-        self.add_state("sums", torch.zeros(rows, len(self._COLUMNS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "sums", torch.zeros(len(self.parts), len(self._COLUMNS), dtype=torch.float64), dist_reduce_fx="sum"
+        )
 
     def update(self, logits: Tensor, targets: Tensor, slices: Mapping[str, Tensor] | None = None) -> None:
         """Adds a batch.
@@ -66,20 +77,19 @@ class TokenMetrics(Metric):
         exact = (right.sum(1) == labels) & has_label
         columns = (losses.view_as(targets).sum(1), right.sum(1), labels, exact, has_label)
         per_example = torch.stack([column.double() for column in columns], dim=1)  # (B, 5)
-        self.sums[0] += per_example.sum(0)
-        row = 1
-        for name, values in self.slices.items():
-            for value in values:
-                if slices is not None and name in slices:
-                    self.sums[row] += per_example[slices[name] == value].sum(0)
-                row += 1
+        for row, part in enumerate(self.parts):
+            if part.keys() <= (slices or {}).keys():
+                chosen = torch.ones_like(has_label)
+                for name, value in part.items():
+                    chosen &= (slices or {})[name] == value
+                self.sums[row] += per_example[chosen].sum(0)
 
     def compute(self) -> dict[str, float]:
         """The metrics as plain numbers; a slice without examples is left out, an overflow is infinity."""
         rows = self.sums.tolist()
-        names = [f"/{name}={value}" for name, values in self.slices.items() for value in values]
         results: dict[str, float] = {}
-        for suffix, sums in zip(["", *names], rows, strict=True):
+        for part, sums in zip(self.parts, rows, strict=True):
+            suffix = "/" * bool(part) + ",".join(f"{name}={value}" for name, value in part.items())
             loss, right, labels, exact, examples = sums
             if not labels:
                 continue

@@ -45,6 +45,7 @@ class SequenceModule(L.LightningModule):
             neither validation nor a restart changes them.
         objective: What is learnt from a batch; its labels as they are unless said.
         slice_values: Slices of the data and every value each can take.
+        joint_slices: Slices by which the data are split together.
         bytes_per_label: For "val" and "test" the bytes of text that one label stands for; empty where the data are no
             text.
         carries: Whether each row of a batch goes on where the batch before it ended. The model's state then goes along
@@ -61,6 +62,7 @@ class SequenceModule(L.LightningModule):
         seed: int,
         objective: Objective | None = None,
         slice_values: Mapping[str, Sequence[int]] | None = None,
+        joint_slices: Sequence[Sequence[str]] = (),
         bytes_per_label: Mapping[str, float] | None = None,
         carries: bool = False,
     ) -> None:
@@ -73,7 +75,9 @@ class SequenceModule(L.LightningModule):
         sizes = bytes_per_label or {}
         self.scores = nn.ModuleDict(
             {
-                split: TokenMetrics(slice_values, sizes.get(split), perplexity=self.objective.perplexity)
+                split: TokenMetrics(
+                    slice_values, sizes.get(split), joint=joint_slices, perplexity=self.objective.perplexity
+                )
                 for split in ("val", "test")
             }
         )

@@ -121,7 +121,7 @@ def print_table(console: Console, summary: dict[str, Any]) -> None:
         if "acc" in scores:
             levels = ", ".join(f"{level} {value:.4f}" for level, value in summary["levels"].items())
             table.add_row(f"{name} accuracy", f"{scores['acc']:.4f}" + (f"   ({levels})" if levels else ""))
-        by_slice = {key: value for key, value in scores.items() if key.startswith("acc/")}
+        by_slice = {key: value for key, value in scores.items() if key.startswith("acc/") and "," not in key}
         # One value per slice says nothing that the line above did not.
         if split == "test" and len(by_slice) > len({key.partition("=")[0] for key in by_slice}):
             table.add_row("", "  ".join(f"{key.removeprefix('acc/')}: {value:.3f}" for key, value in by_slice.items()))

@@ -77,6 +77,7 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
                 config.objective, data.source.vocab_size, mask_rate=config.mask_rate, seed=config.seed
             ),
             slice_values=data.source.slice_values,
+            joint_slices=data.source.joint_slices,
             bytes_per_label=_bytes_per_label(data) if config.objective == "causal" else None,
             carries=config.trainer.segment_length is not None,
         )

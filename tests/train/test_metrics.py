@@ -44,6 +44,18 @@ def test_slices_count_their_own_examples_only(batch):
     assert not any("depth=3" in name for name in result)
 
 
+def test_joint_slices_count_examples_that_are_in_all_of_them(batch):
+    logits, targets, slices = batch
+    metric = TokenMetrics({"depth": [1, 2], "length": [8, 9]}, joint=[("length", "depth")])
+    metric.update(logits, targets, slices | {"length": torch.tensor([8, 8, 9])})
+    result = metric.compute()
+    alone = TokenMetrics()
+    alone.update(logits[1:2], targets[1:2])
+    assert result["loss/length=8,depth=2"] == alone.compute()["loss"]
+    assert result["acc/length=8,depth=1"] == result["acc/depth=1"]
+    assert "acc/length=9,depth=1" not in result
+
+
 def test_batches_add_up_as_one(batch):
     logits, targets, slices = batch
     whole, parts = TokenMetrics({"depth": [1, 2]}), TokenMetrics({"depth": [1, 2]})

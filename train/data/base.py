@@ -64,6 +64,7 @@ class Source(ABC, Generic[ConfigT]):
         eval_batch_size: the same for validation and test.
         shuffle: whether each epoch takes the training examples in a new order.
         slice_values: for each slice, its values in validation and test.
+        joint_slices: slices by which metrics are split together, such as ("seq_len", "depth").
         levels: accuracies that show no skill, to be printed beside a score ("chance", "plateau").
         unit: "byte" or "token" where a target is a piece of text (bits per byte make sense), else None.
         codec: turns text into tokens and back; None where tokens are no text.
@@ -78,6 +79,7 @@ class Source(ABC, Generic[ConfigT]):
     eval_batch_size: int
     shuffle: bool
     slice_values: dict[str, list[int]]
+    joint_slices: tuple[tuple[str, ...], ...] = ()
     levels: dict[str, float]
     unit: str | None = None
     codec: Codec | None = None

@@ -151,10 +151,11 @@ def generate(
 
 @register_data("needle", config=NeedleConfig)
 class Needle(Synthetic[NeedleConfig]):
-    """Facts in filler, one or some of which are asked for; slices `seq_len`, `depth` and `n_needles`."""
+    """Facts in filler, one or some of which are asked for; slices `seq_len`, `depth`, these together, `n_needles`."""
 
     recipe = Recipe(max_steps=2_000, lr=1e-3)
     marks = ("position",)
+    joint_slices = (("seq_len", "depth"),)
     generate = staticmethod(generate)
 
     def __init__(self, config: NeedleConfig) -> None:
@@ -166,6 +167,6 @@ class Needle(Synthetic[NeedleConfig]):
 
 @register_data("passkey", config=PasskeyConfig)
 class Passkey(Needle):
-    """One fact in filler; slices `seq_len`, `depth` and `n_needles`."""
+    """One fact in filler; slices `seq_len`, `depth`, these together, `n_needles`."""
 
     recipe = Recipe(max_steps=600, lr=1e-3)
