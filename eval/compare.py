@@ -233,7 +233,7 @@ def _table(told: dict[str, Any], rows: Sequence[Row], solved_at: float) -> Table
             f"{statistics.median(scores):.4f}" if scores else "",
             f"{min(scores):.4f}..{max(scores):.4f}" if scores else "",
             *solved,
-            f"{chosen[0]['lr']:g}" if chosen and chosen[0]["lr"] else "",
+            f"{chosen[0]['lr']:g}" if chosen and "lr" in chosen[0] else "",
             f"{entry['params']:,}",
             f"{entry['state_bytes'][str(told['data']['length'])]:,} B",
             f"{statistics.median(speeds):,.0f}" if speeds else "",
