@@ -42,6 +42,7 @@ FORMS = {
     "transformer": ("transformer", {"n_heads": 4, "d_ff": 688}),
     "longformer": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256}),
     "bigbird": ("bigbird", {"n_heads": 4, "d_ff": 688}),
+    "landmark": ("landmark", {"n_heads": 4, "d_ff": 688, "block_size": 64}),
     "longformer both ways": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256, "causal": False}),
     "longformer encoder": ("longformer", {**ENCODER, "window": 256, "n_global": 0}),
     "bigbird encoder": ("bigbird", {**ENCODER, "plan": "transformers"}),
@@ -52,6 +53,7 @@ PLAN += [("mamba2", "transformers Mamba2ForCausalLM", shape) for shape in SHAPES
 PLAN += [(arch, OURS, shape) for arch in ("mamba", "mamba2", "rwkv4", "rwkv7") for shape in SHAPES]
 PLAN += [("rwkv4", "transformers RwkvForCausalLM", shape) for shape in SHAPES]
 PLAN += [(arch, OURS, shape) for arch in ("longformer", "bigbird") for shape in SHAPES]
+PLAN += [("landmark", OURS, SHAPES[1])]
 PLAN += [("longformer encoder", "transformers LongformerForMaskedLM", shape) for shape in SHAPES]
 PLAN += [("bigbird encoder", "transformers BigBirdForMaskedLM", shape) for shape in SHAPES]
 PLAN += [("mamba", "transformers MambaForCausalLM", SHAPES[0])]  # the slowest last
