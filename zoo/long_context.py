@@ -92,7 +92,8 @@ def set_cache(model: Model, name: str, /, **settings: Any) -> None:
     if kind is None and settings:
         raise ConfigError(f"cache 'full' has no setting {next(iter(settings))!r}: it has none")
     policy = None if kind is None else _named_settings(kind, settings, name)
-    choosing = {None: (CachedAttention, Landmark), Retrieval: (Landmark,)}.get(kind, (CachedAttention,))
+    both: dict[Any, Any] = {None: (CachedAttention, Landmark), Retrieval: Landmark}
+    choosing = both.get(kind, CachedAttention)
     caches = [mixer for mixers in model.mixers() for mixer in mixers if isinstance(mixer, choosing)]
     if not caches:
         having = "that of landmark" if kind is Retrieval else "the attention of a transformer"

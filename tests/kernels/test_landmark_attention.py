@@ -26,7 +26,7 @@ BACKENDS = ["reference", *ON_CPU]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 
-def packed(lengths: Sequence[int], both_ways: bool = False) -> dict[str, Tensor | None]:
+def packed(lengths: Sequence[int], both_ways: bool = False) -> dict[str, Any]:
     """Slots of documents that stand one behind the other."""
     sizes = torch.tensor(lengths)
     ends = sizes.cumsum(0)
@@ -35,17 +35,17 @@ def packed(lengths: Sequence[int], both_ways: bool = False) -> dict[str, Tensor 
     return {"slots": slots, "begins": (ends - sizes)[index][None], "ends": ends[index][None] if both_ways else None}
 
 
-def cached(lengths: Sequence[int], read: int) -> dict[str, Tensor | None]:
+def cached(lengths: Sequence[int], read: int) -> dict[str, Any]:
     """The last queries of such documents, the others were read before."""
     return {name: None if x is None else x[:, read:] for name, x in packed(lengths).items()}
 
 
-def joined(*rows: dict[str, Any]) -> dict[str, Tensor | None]:
+def joined(*rows: dict[str, Any]) -> dict[str, Any]:
     """Rows of the batch that differ."""
     return {name: None if rows[0][name] is None else torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
-def blind(sight: dict[str, Any]) -> dict[str, Tensor | None]:
+def blind(sight: dict[str, Any]) -> dict[str, Any]:
     slots = sight["slots"].clone()
     slots[:, ::3] = -1
     return {**sight, "slots": slots}
@@ -175,7 +175,8 @@ def test_any_documents(
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_first_block_is_causal_attention(backend: str) -> None:
     q, k, v = torch.randn(3, 2, 30, 2, 8, dtype=torch.float64)
-    y = landmark_attention(q, k, v, **packed([30]), block=30, backend=backend)
+    slots = torch.arange(30)[None]
+    y = landmark_attention(q, k, v, slots, slots * 0, block=30, backend=backend)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(y, expected)
@@ -237,7 +238,7 @@ def test_threads_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["documents both ways", "a step of rows"])
 def test_gradcheck(name: str) -> None:
     block, sight = 2, CASES[name][1]
-    keep = {n: None if x is None else x[:, -9:] for n, x in sight.items()}
+    keep: dict[str, Any] = {n: None if x is None else x[:, -9:] for n, x in sight.items()}
     T, S = keep["slots"].shape[1], int(keep["slots"].max()) + 1
     q, k, v = (torch.randn(len(keep["slots"]), n, 1, 2, dtype=torch.float64, requires_grad=True) for n in (T, S, S))
     if keep["ends"] is not None:  # documents of 3 and 4 and the end of one, cut in blocks of 2
@@ -300,8 +301,9 @@ def test_flops(name: str) -> None:
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == rows * 6 * (10 * tokens + 6 * marks)
-    wide = [None if x is None else x.expand(arguments["q"].shape[:2]) for x in list(sight.values())]
-    assert landmark_attention_flops(*wide, block, 2, 6) == rows * 6 * (4 * tokens + 2 * marks)
+    wide: Any = (None if x is None else x.expand(arguments["q"].shape[:2]) for x in sight.values())
+    slots, begins, ends = wide
+    assert landmark_attention_flops(slots, begins, ends, block, 2, 6) == rows * 6 * (4 * tokens + 2 * marks)
 
 
 HOSTILE = """

@@ -94,8 +94,9 @@ def test_retrieval_is_as_defined(top_k: int, kind: str) -> None:
     mixer: Any = model.mixers()[0][0]
     shared: dict[str, Any] = {"diagnostics": {}}
     with torch.no_grad():
+        wrapper: Any = model.wrapper
         x = torch.randn(2, 33, 24, dtype=torch.float64)
-        x, _ = model.wrapper.insert(x, torch.arange(33).expand(2, -1), None, shared, carried=False)
+        x, _ = wrapper.insert(x, torch.arange(33).expand(2, -1), None, shared, carried=False)
         x = torch.randn_like(x)  # landmarks that differ
         y, _ = mixer(x, None, None, shared)
         for row in range(2):
@@ -164,14 +165,16 @@ def test_landmarks_are_seen_by_nobody_outside() -> None:
     assert model.embedding.num_embeddings == VOCAB
     assert model(tokens).logits.shape == (1, 12, VOCAB)
     before = model(tokens).logits
+    wrapper: Any = model.wrapper
     with torch.no_grad():
-        model.wrapper.embedding.weight.add_(1.0)
+        wrapper.embedding.weight.add_(1.0)
     moved = (model(tokens).logits - before).abs().amax((0, 2))
     assert torch.equal(moved > 1e-6, torch.arange(12) >= BLOCK), "a landmark weighs from the block after its own"
 
 
 def test_slots() -> None:
-    tokens, shared = LandmarkTokens(3, 2, True), {}
+    tokens, both_ways = LandmarkTokens(3, 2, True), LandmarkTokens(3, 2, False)
+    shared: dict[str, Any] = {}
     positions = torch.tensor([[1, 2, 3, 0, 1], [0, 0, 1, 2, 0]])
     x, _ = tokens.insert(torch.arange(30.0).view(2, 5, 3), positions, None, shared, carried=True)
     slots = shared["landmarks"]
@@ -179,14 +182,14 @@ def test_slots() -> None:
     assert slots.marks.int().tolist() == [[0, 1, 0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 0, 0, 0]]
     assert torch.equal(x[slots.marks], tokens.embedding.weight.expand(4, -1))
     assert torch.equal(tokens.remove(x, shared), torch.arange(30.0).view(2, 5, 3))
-    both_ways, shared = LandmarkTokens(3, 2, False), {}
     ids = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 2]])
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 0]])
-    _, ids = both_ways.insert(torch.zeros(2, 5, 3), positions, ids, shared, carried=False)
+    _, read = both_ways.insert(torch.zeros(2, 5, 3), positions, ids, shared, carried=False)
     slots = shared["landmarks"]
     assert slots.places.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, -1], [0, 1, 0, 1, 2, 3, 4, 0, 1]]
     assert slots.ends.tolist() == [[5, 5, 5, 5, 5, 8, 8, 8, 9], [2, 2, 7, 7, 7, 7, 7, 9, 9]]
-    assert ids.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1, 1, 2, 2]]
+    assert read is not None
+    assert read.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2], [0, 0, 1, 1, 1, 1, 1, 2, 2]]
 
 
 def test_whole_blocks_are_copied_when_one_is_added_only() -> None:
@@ -259,7 +262,8 @@ def test_in_a_hybrid() -> None:
         with pytest.raises(DataError, match="read each row by itself"):
             in_pieces(model, tokens, [30], ragged)
     zoo.set_cache(model, "landmark", top_k=3)
-    assert model.mixers()[1][0].policy.top_k == 3
+    mixer: Any = model.mixers()[1][0]
+    assert mixer.policy.top_k == 3
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ class Landmark(Attention):
         (B, T, H, k), or (B, T, k) where tokens choose, -1 for none; without `top_k` `landmark_weights/<layer>`: what
         it gave to each block of its document before its own, (B, T, H, C).
         """
-        if state is not None and (not isinstance(state, self.state) or state.k.shape[2] != self.block_size):
+        if state is not None and (not isinstance(state, LandmarkState) or state.k.shape[2] != self.block_size):
             raise DataError(
                 f"the state is a {type(state).__name__}, of another model or block_size: begin with one from init_state"
             )

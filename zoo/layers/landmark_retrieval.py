@@ -104,7 +104,7 @@ def retrieve(
     for start in range(0, n_queries, step):
         stop = min(start + step, n_queries)
         with torch.autocast(q.device.type, enabled=False):
-            parts.append(_Part(q[:, start:stop], blocks.part(start, stop), settings, rotary, scale).read(count))
+            parts.append(_Part(q[:, start:stop], blocks.part(start, stop), settings, rotary, scale).read())
     drawn, lse, chosen = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
     return drawn, lse, chosen
 
@@ -116,6 +116,7 @@ class _Part:
         self.settings, self.scale = settings, scale
         self.size = blocks.k.shape[2] + 1
         assert settings.top_k is not None
+        self.count = min(settings.top_k, blocks.k.shape[1])
         self.few = blocks.before.clamp(max=settings.top_k)  # (B, T): min(n, k)
         self.skips = (blocks.before > settings.top_k).long()  # (B, T): 1 where there are more blocks than are read
         self.slot = self.few + self.skips  # (B, T): of the query
@@ -123,13 +124,13 @@ class _Part:
     def rotated(self, x: Tensor, places: Tensor) -> Tensor:
         return x if self.rotary is None else self.rotary(x, places)
 
-    def read(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `retrieve`; `count` blocks at most."""
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `retrieve`."""
         scores = self.scores()
         if self.settings.retrieval == "token":
             # all heads of a token choose alike; logarithms, so that small shares stay in order
             scores = scores.log_softmax(-1).amax(2, keepdim=True).expand_as(scores)
-        best = scores.topk(count, dim=-1)
+        best = scores.topk(self.count, dim=-1)
         n_blocks = scores.shape[-1]
         chosen = (
             torch.where(best.values > -torch.inf, best.indices, n_blocks).sort(dim=-1).values
@@ -137,13 +138,13 @@ class _Part:
         there = chosen < n_blocks
         numbers = chosen - (self.blocks.own - self.blocks.before)[..., None, None]  # in the document
         first_near = (self.blocks.before - self.few)[..., None, None]
-        slots = torch.arange(count, device=chosen.device) + self.skips[..., None, None] * (numbers >= first_near)
+        slots = torch.arange(self.count, device=chosen.device) + self.skips[..., None, None] * (numbers >= first_near)
         drawn, lse = self.draw(chosen.clamp(max=n_blocks - 1), there, slots)
         return drawn, lse, numbers.masked_fill(~there, -1)
 
     def scores(self) -> Tensor:
         """Of all landmarks with all queries, (B, T, H, C); -inf for those that a query may not choose."""
-        blocks, top_k = self.blocks, self.settings.top_k
+        blocks = self.blocks
         landmarks = blocks.landmarks.to(self.dtype)
         n_blocks, device = landmarks.shape[1], landmarks.device
         q = self.rotated(self.q, self.slot * self.size + blocks.offsets).unflatten(2, (landmarks.shape[2], -1))
@@ -151,7 +152,7 @@ class _Part:
         scores = torch.einsum("btguk,bcgk->btguc", q, self.rotated(landmarks, close)).flatten(2, 3)
 
         # The last min(n, k) blocks stand elsewhere.
-        near = torch.arange(top_k, device=device)
+        near = torch.arange(self.count, device=device)
         index = (blocks.own - self.few)[..., None] + near  # (B, T, k)
         index = torch.where(near < self.few[..., None], index, n_blocks)  # one column too many takes what is not there
         rows = torch.arange(len(q), device=device)[:, None, None]
