@@ -172,6 +172,20 @@ def test_landmarks_are_seen_by_nobody_outside() -> None:
     assert torch.equal(moved > 1e-6, torch.arange(12) >= BLOCK), "a landmark weighs from the block after its own"
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_local_layers_see_their_own_block(causal: bool) -> None:
+    model, tokens = make(n_layers=1, local_layers=1, causal=causal), tokens_of(1, 14)
+    for at in (1, 9, 13):
+        changed = tokens.clone()
+        changed[:, at] = (changed[:, at] + 1) % VOCAB
+        moved = (model(changed).logits - model(tokens).logits).abs().amax((0, 2)) > 1e-6
+        seen = torch.arange(14) // BLOCK == at // BLOCK
+        assert torch.equal(moved, seen & (torch.arange(14) >= at) if causal else seen)
+    if causal:
+        held = in_pieces(model, tokens, [9, 5])[1].layers[0][0]
+        assert [part.shape[1] for part in held] == [0, 0, 0, 2, 2], "no block is kept, but the one that is not whole"
+
+
 def test_slots() -> None:
     tokens, both_ways = LandmarkTokens(3, 2, True), LandmarkTokens(3, 2, False)
     shared: dict[str, Any] = {}

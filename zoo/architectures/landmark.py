@@ -31,6 +31,10 @@ class LandmarkConfig(AttentionConfig, Retrieval):
 
     block_size: int = setting(32, "tokens of a block, behind which its landmark stands", minimum=1, maximum=FARTHEST)
 
+    local_layers: int = setting(
+        0, "first layers that see their own block only: landmarks know nothing of their blocks there yet", minimum=0
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.top_k is not None and not self.causal:
@@ -55,6 +59,7 @@ class Landmark(Attention):
     def __init__(self, config: LandmarkConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.block_size, self.layer = config.block_size, layer
+        self.local = layer < config.local_layers
         self.policy: Retrieval | None = config
 
     def forward(
@@ -81,8 +86,8 @@ class Landmark(Attention):
             return self.out_proj(y.flatten(2)), None
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         held = self.init_state(x.shape[0], device=x.device, dtype=k.dtype) if state is None else state
-        after = grown(held, k, v, slots)
-        if self._retrieves(qk):
+        after = grown(held, k, v, slots, blocks=not self.local)
+        if self.local or self._retrieves(qk):
             y = self._read_few(q, after, slots, shows)
         else:
             old_k, old_v, places = as_slots(held, slots)
@@ -102,13 +107,22 @@ class Landmark(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, slots: Slots, before: int, shows: dict[str, Tensor] | None
     ) -> Tensor:
         """Attends to all blocks; `before` keys stand in front of those of the slots."""
-        at, begins, ends = slots.queries(before)
+        at, begins, ends = self._sight(slots, before)
         y, lse = landmark_attention(
             q, k, v, at, begins, ends, block=self.block_size, backend=self.backend, return_lse=True
         )
-        if shows is not None:
+        if shows is not None and not self.local:
             shows[f"landmark_weights/{self.layer}"] = self._weights(q, k, lse, slots, begins)
         return y
+
+    def _sight(self, slots: Slots, before: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Slots.queries`."""
+        at, begins, ends = slots.queries(before)
+        if self.local:
+            size = self.block_size + 1
+            begins = begins + slots.places // size * size
+            ends = None if ends is None else torch.minimum(ends, begins + size)
+        return at, begins, ends
 
     def _weights(self, q: Tensor, k: Tensor, lse: Tensor, slots: Slots, begins: Tensor) -> Tensor:
         """What tokens gave to the landmarks of the blocks of their documents, (B, T, H, C)."""
@@ -124,7 +138,6 @@ class Landmark(Attention):
 
     def _read_few(self, q: Tensor, state: LandmarkState, slots: Slots, shows: dict[str, Tensor] | None) -> Tensor:
         """Attends to the own block, and to those that are chosen from a state that has grown."""
-        assert self.policy is not None, "`_retrieves` has asked"
         size = self.block_size + 1
         places, offsets = slots.places.clamp(min=0), slots.places.clamp(min=0) % size
         begins_at = state.last_k.shape[1] - places.shape[1]  # the tokens of the block that was not whole
@@ -143,13 +156,13 @@ class Landmark(Attention):
         )
         lse = lse.transpose(1, 2)  # (B, S, H)
         chosen = torch.full((*q.shape[:3], 0), -1, device=q.device)
-        if state.k.shape[1]:
+        if state.k.shape[1] and self.policy is not None:
             before = state.k.shape[1] - slots.marks.sum(1).max() + slots.marks.cumsum(1) - slots.marks.long()
             blocks = Blocks(*state[:3], before, places // size, offsets)
             drawn, other, chosen = retrieve(q, blocks, self.policy, self.rotary, self.head_dim**-0.5)
             share = torch.sigmoid((other - lse).nan_to_num(-torch.inf))[..., None]  # (B, S, H, 1)
             y = torch.lerp(y, drawn.to(y.dtype), share.to(y.dtype))
-        if shows is not None:
+        if shows is not None and self.policy is not None and not self.local:
             chosen = take(chosen, slots.at)
             shows[f"retrieved/{self.layer}"] = chosen[:, :, 0] if self.policy.retrieval == "token" else chosen
         return y
@@ -178,11 +191,15 @@ class Landmark(Attention):
         """Two projections, two products for each token that a query sees, and one for each landmark."""
         projections = self.qkv_proj.weight.numel() + self.out_proj.weight.numel()
         slots = torch.arange(seq_len)[None]
-        ends = None if self.causal else torch.full_like(slots, seq_len)
-        seen = landmark_attention_flops(slots, slots * 0, ends, self.block_size, self.n_heads, self.head_dim)
+        begins = slots // (self.block_size + 1) * (self.block_size + 1) if self.local else slots * 0
+        ends = (begins + self.block_size + 1 if self.local else begins + seq_len).clamp(max=seq_len)
+        ends = None if self.causal else ends
+        seen = landmark_attention_flops(slots, begins, ends, self.block_size, self.n_heads, self.head_dim)
         return 2 * seq_len * projections + seen
 
     def state_size(self, seq_len: int) -> int:
-        """Keys and values of all tokens, and keys of the landmarks."""
+        """Keys and values of all tokens, and keys of the landmarks; in a local layer those of the last tokens."""
+        if self.local:
+            return 2 * (seq_len % (self.block_size + 1)) * self.n_kv_heads * self.head_dim
         marks = seq_len // (self.block_size + 1)
         return (2 * (seq_len - marks) + marks) * self.n_kv_heads * self.head_dim

@@ -34,7 +34,7 @@ class LandmarkState(NamedTuple):
     """(B, R, G, K)."""
 
 
-def grown(state: LandmarkState, k: Tensor, v: Tensor, slots: Slots) -> LandmarkState:
+def grown(state: LandmarkState, k: Tensor, v: Tensor, slots: Slots, *, blocks: bool = True) -> LandmarkState:
     """The state with new slots: blocks that are whole now behind the others, and all new slots behind the last tokens.
 
     Args:
@@ -42,10 +42,11 @@ def grown(state: LandmarkState, k: Tensor, v: Tensor, slots: Slots) -> LandmarkS
         k: (B, S, G, K), not rotated.
         v: (B, S, G, K).
         slots: What they are.
+        blocks: Whether blocks are kept at all.
     """
     block_size = state.k.shape[2]
     before, last_k, last_v = state.last_k.shape[1], torch.cat((state.last_k, k), 1), torch.cat((state.last_v, v), 1)
-    new = int(slots.marks.sum(1).max())
+    new = int(slots.marks.sum(1).max()) if blocks else 0
     if not new:
         return state._replace(last_k=last_k, last_v=last_v)
     n_slots = k.shape[1]
@@ -54,8 +55,7 @@ def grown(state: LandmarkState, k: Tensor, v: Tensor, slots: Slots) -> LandmarkS
     marks = before + torch.where(slots.marks, times, n_slots - 1).sort(1).values[:, :new]  # (B, new)
     tokens = marks[..., None] - torch.arange(block_size, 0, -1, device=k.device)  # (B, new, l)
     tokens = tokens.clamp(min=0).flatten(1)
-    blocks = (take(x, tokens).unflatten(1, (new, block_size)).to(state.k.device) for x in (last_k, last_v))
-    new_k, new_v = blocks
+    new_k, new_v = (take(x, tokens).unflatten(1, (new, block_size)).to(state.k.device) for x in (last_k, last_v))
     return LandmarkState(
         torch.cat((state.landmarks, take(last_k, marks)), 1),
         torch.cat((state.k, new_k), 1),
@@ -78,7 +78,7 @@ def remaining(state: LandmarkState, slots: Slots) -> LandmarkState:
     index = (last[:, None] + torch.arange(most_last, device=last.device)).clamp(min=0)
     state = state._replace(last_k=take(state.last_k, index), last_v=take(state.last_v, index))
     extra = state.k.shape[1] - most_blocks
-    if same and not extra:
+    if not state.k.shape[1] or (same and not extra):
         return state
     if same:  # copies, so that the memory of forgotten blocks is given back
         landmarks, k, v = (x[:, extra:].clone() for x in state[:3])
