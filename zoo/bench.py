@@ -3,4 +3,4 @@
 import runpy
 
 if __name__ == "__main__":  # the processes that measure import this module again
-    runpy.run_module("zoo.eval.bench_command", run_name="__main__", alter_sys=False)
+    runpy.run_module("zoo.eval.bench.command", run_name="__main__", alter_sys=False)

@@ -14,13 +14,14 @@ import torch
 
 import zoo
 from zoo.console import run_cli
-from zoo.eval import bench as bench_module
-from zoo.eval import bench_command, cost, kernels_bench, machine
-from zoo.eval.bench import BenchSettings, bench
-from zoo.eval.bench_figure import draw
-from zoo.eval.cost import KINDS, CostSettings, Job, measure
-from zoo.eval.crossover import first_length
-from zoo.eval.kernel_cases import CASES, Case
+from zoo.eval.bench import BenchSettings, bench, cost, machine
+from zoo.eval.bench import command as bench_command
+from zoo.eval.bench import kernels as kernels_bench
+from zoo.eval.bench import measurement as bench_module
+from zoo.eval.bench.cost import KINDS, CostSettings, Job, measure
+from zoo.eval.bench.crossover import first_length
+from zoo.eval.bench.figure import draw
+from zoo.eval.bench.kernel_cases import CASES, Case
 from zoo.flops import count_flops
 from zoo.kernels import backends
 from zoo.kernels.errors import DataError

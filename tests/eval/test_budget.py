@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zoo
-from zoo.eval import budget
-from zoo.eval.budget import TOLERANCE, fit, measure, quantity
+from zoo.eval.compare import budget
+from zoo.eval.compare.budget import TOLERANCE, fit, measure, quantity
 from zoo.kernels.errors import ConfigError
 from zoo.registry import architecture
 

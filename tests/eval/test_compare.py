@@ -12,14 +12,14 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from zoo.eval import cells as cells_module
-from zoo.eval import compare as compare_module
-from zoo.eval import results
-from zoo.eval.cells import Cell, Outcome, outcome, run_folder
-from zoo.eval.compare import compare
-from zoo.eval.compare_config import read_words
-from zoo.eval.plan import describe, make_plan
-from zoo.eval.sweeps import sweep_cells
+from zoo.eval.compare import cells as cells_module
+from zoo.eval.compare import command as compare_module
+from zoo.eval.compare import results
+from zoo.eval.compare.cells import Cell, Outcome, outcome, run_folder
+from zoo.eval.compare.command import compare
+from zoo.eval.compare.config import read_words
+from zoo.eval.compare.plan import describe, make_plan
+from zoo.eval.compare.sweeps import sweep_cells
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.train.errors import RunError
 from zoo.train.folder import RunFolder

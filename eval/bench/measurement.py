@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from zoo.eval.child import Child, ChildEnded, ChildTooSlow, available_memory
-from zoo.eval.cost import (
+from zoo.eval.bench.cost import (
     DTYPES,
     FAILED,
     KINDS,
@@ -24,8 +23,9 @@ from zoo.eval.cost import (
     measure,
     race,
 )
-from zoo.eval.crossover import Bracket, brackets, certainly_better, crossover, first_length
-from zoo.eval.machine import reaches
+from zoo.eval.bench.crossover import Bracket, brackets, certainly_better, crossover, first_length
+from zoo.eval.bench.machine import reaches
+from zoo.eval.child import Child, ChildEnded, ChildTooSlow, available_memory
 from zoo.eval.measure import machine_info
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import setting
@@ -151,7 +151,7 @@ class _Measurer:
             raise
 
     def measure(self, make_model: MakeModel, job: Job) -> dict[str, Any]:
-        """As `zoo.eval.cost.measure`; a process that ends is a result too."""
+        """As `zoo.eval.bench.cost.measure`; a process that ends is a result too."""
         try:
             return self.call(measure, make_model, job, self.settings.cost())
         except ChildTooSlow as error:

@@ -11,15 +11,15 @@ from rich.console import Console
 
 import zoo
 from zoo.checkpoint import load_pretrained
-from zoo.eval import budget, results
-from zoo.eval.cells import FAILED, FINISHED
-from zoo.eval.compare_config import CompareConfig, Words
-from zoo.eval.cost import MakeModel
+from zoo.eval.bench.cost import MakeModel
+from zoo.eval.compare import budget, results
+from zoo.eval.compare.cells import FAILED, FINISHED
+from zoo.eval.compare.config import CompareConfig, Words
+from zoo.eval.compare.plan import STATE_LENGTHS, data_facts, longest
+from zoo.eval.compare.results import Row
 from zoo.eval.evaluate import evaluate
 from zoo.eval.history import History, history
 from zoo.eval.measure import machine_info
-from zoo.eval.plan import STATE_LENGTHS, data_facts, longest
-from zoo.eval.results import Row
 from zoo.eval.suites import data_config
 from zoo.kernels.errors import ConfigError, ZooError
 from zoo.model import Model

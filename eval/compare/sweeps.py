@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from zoo.eval.cells import LOGS, Cell, Outcome, log_file, outcome, place
+from zoo.eval.compare.cells import LOGS, Cell, Outcome, log_file, outcome, place
 
 POLL_SECONDS = 0.2
 

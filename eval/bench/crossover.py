@@ -24,7 +24,7 @@ class Bracket:
     """Two measured lengths between which the order of two models changes."""
 
     kind: str
-    """Of `zoo.eval.cost.KINDS`."""
+    """Of `zoo.eval.bench.cost.KINDS`."""
     quantity: str
     """"time" or "memory"."""
     faster: str

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.eval.cells import FINISHED, INTERRUPTED, MISSING, Cell, Outcome, run_folder
+from zoo.eval.compare.cells import FINISHED, INTERRUPTED, MISSING, Cell, Outcome, run_folder
 from zoo.kernels.errors import DataError
 from zoo.train.folder import RunFolder, replace_text
 

@@ -18,7 +18,7 @@ from zoo.checkpoint import model_settings
 from zoo.command import usable_device
 from zoo.console import run_cli
 from zoo.eval.bench import BenchSettings, bench
-from zoo.eval.cost import OK, MakeModel
+from zoo.eval.bench.cost import OK, MakeModel
 from zoo.eval.measure import WIDTH, in_words
 from zoo.kernels import backends
 from zoo.kernels.errors import ConfigError, ZooError, did_you_mean
@@ -61,7 +61,7 @@ def main() -> None:
     """Prints what each model costs, and the crossovers."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["kernels"]:
-        from zoo.eval.kernels_bench import main as bench_kernels
+        from zoo.eval.bench.kernels import main as bench_kernels
 
         bench_kernels(arguments[1:])
         return
@@ -83,7 +83,7 @@ def main() -> None:
         Path(config.out).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         console.print(f"wrote {config.out}", soft_wrap=True, highlight=False)
     if config.plot is not None:
-        from zoo.eval.bench_figure import draw
+        from zoo.eval.bench.figure import draw
 
         draw(found["rows"], found["crossovers"], Path(config.plot))
         console.print(f"wrote {config.plot}", soft_wrap=True, highlight=False)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zoo.eval.budget import UNITS
+from zoo.eval.compare.budget import UNITS
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, parse_overrides, setting
 from zoo.train.config import BASELINE, DEFAULT_DATA, TRAINERS

@@ -21,16 +21,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from zoo.console import run_cli
-from zoo.eval import report, results
+from zoo.eval import report
 from zoo.eval.bench import BenchSettings, bench
-from zoo.eval.cells import FAILED, FINISHED, OUT_OF_MEMORY, Cell, Outcome, run_folder, train_cells
-from zoo.eval.compare_config import CompareConfig, Words, read_words
-from zoo.eval.comparison import BENCH, Book, disk_is_full, opened
-from zoo.eval.cost import MakeModel
-from zoo.eval.models import evaluate_models
-from zoo.eval.plan import STOP_AT, Plan, describe, make_plan
-from zoo.eval.results import Row
-from zoo.eval.sweeps import sweep_cells
+from zoo.eval.bench.cost import MakeModel
+from zoo.eval.compare import results
+from zoo.eval.compare.cells import FAILED, FINISHED, OUT_OF_MEMORY, Cell, Outcome, run_folder, train_cells
+from zoo.eval.compare.comparison import BENCH, Book, disk_is_full, opened
+from zoo.eval.compare.config import CompareConfig, Words, read_words
+from zoo.eval.compare.models import evaluate_models
+from zoo.eval.compare.plan import STOP_AT, Plan, describe, make_plan
+from zoo.eval.compare.results import Row
+from zoo.eval.compare.sweeps import sweep_cells
 from zoo.kernels.errors import ZooError
 from zoo.model import create_model
 from zoo.settings import describe_settings

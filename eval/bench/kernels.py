@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from zoo.command import usable_device
-from zoo.eval.cost import DTYPES, FAILED, OK, TOO_SLOW, verdict
-from zoo.eval.kernel_cases import CASES, Case, Draw, Inputs
+from zoo.eval.bench.cost import DTYPES, FAILED, OK, TOO_SLOW, verdict
+from zoo.eval.bench.kernel_cases import CASES, Case, Draw, Inputs
 from zoo.eval.measure import WIDTH, in_words, machine_info, spread
 from zoo.kernels import backends
 from zoo.kernels.errors import BackendError, did_you_mean

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import zoo
-from zoo.eval import budget
-from zoo.eval.budget import Fit, Size
-from zoo.eval.cells import Cell
-from zoo.eval.compare_config import CompareConfig, Words
+from zoo.eval.compare import budget
+from zoo.eval.compare.budget import Fit, Size
+from zoo.eval.compare.cells import Cell
+from zoo.eval.compare.config import CompareConfig, Words
 from zoo.eval.measure import machine_info
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.registry import architecture, list_models

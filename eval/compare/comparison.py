@@ -13,9 +13,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from zoo.eval import results
-from zoo.eval.plan import differences
-from zoo.eval.results import Row
+from zoo.eval.compare import results
+from zoo.eval.compare.plan import differences
+from zoo.eval.compare.results import Row
 from zoo.kernels.errors import ConfigError
 from zoo.train.errors import RunError
 from zoo.train.folder import replace_text

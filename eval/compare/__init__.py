@@ -1,0 +1,1 @@
+"""Architectures head to head on one dataset: `python -m zoo.compare`."""
