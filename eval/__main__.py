@@ -5,10 +5,10 @@ import sys
 from zoo.console import run_cli
 
 
-def _main() -> int | None:
+def _main() -> None:
     from zoo.eval.command import main  # here, because Ctrl-C may come in the seconds that this import takes
 
-    return main()
+    main()
 
 
 if __name__ == "__main__":
