@@ -193,8 +193,8 @@ class Landmark(Attention):
         slots = torch.arange(seq_len)[None]
         begins = slots // (self.block_size + 1) * (self.block_size + 1) if self.local else slots * 0
         ends = (begins + self.block_size + 1 if self.local else begins + seq_len).clamp(max=seq_len)
-        ends = None if self.causal else ends
-        seen = landmark_attention_flops(slots, begins, ends, self.block_size, self.n_heads, self.head_dim)
+        seen_to = None if self.causal else ends
+        seen = landmark_attention_flops(slots, begins, seen_to, self.block_size, self.n_heads, self.head_dim)
         return 2 * seq_len * projections + seen
 
     def state_size(self, seq_len: int) -> int:
