@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +21,7 @@ from zoo.pretrained import convert, weights
 from zoo.pretrained.families import by_names, by_settings, for_saving
 from zoo.pretrained.family import Family, Published
 from zoo.pretrained.sources import CONFIG, WEIGHTS, locate, model_folder
-from zoo.pretrained.weights import SHARD_BYTES, Weights, write_text
+from zoo.pretrained.weights import SHARD_BYTES, Weights, write_tensors, write_text
 
 __all__ = ["load_pretrained", "model_folder", "model_settings", "read_description", "save_pretrained"]
 
@@ -72,10 +71,8 @@ def save_pretrained(
     }
     if stored_dtype is not None:
         description["dtype"] = _dtype_name(model)
-    # Each file is complete or absent, also when the process is killed while it writes.
     tensors = {name: tensor.detach().to(stored_dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / f"{WEIGHTS}.part", metadata={"format": "pt"})
-    os.replace(folder / f"{WEIGHTS}.part", folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, tensors)
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
 
 

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zoo.checkpoint import model_folder, model_settings, save_pretrained
+from zoo.checkpoint import model_settings, save_pretrained
 from zoo.codec import ask_hub
-from zoo.kernels.errors import CheckpointError
+from zoo.kernels.errors import CheckpointError, ConfigError
 from zoo.model import Model
-from zoo.pretrained.weights import write_text
+from zoo.pretrained.sources import SETTINGS, locate
+from zoo.pretrained.weights import with_index, write_text
 
 CARD = "README.md"
-SHARED = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json", CARD]
-"""What of a folder goes to the hub."""
 
 
 def push_to_hub(
@@ -34,9 +33,10 @@ def push_to_hub(
     """Uploads a model to the Hugging Face hub; the repository is made if need be. Log in before, or set HF_TOKEN.
 
     Args:
-        model: A model, the folder of one, or that of the run that trained it, whose summary becomes the card.
+        model: A model, or the folder or name of one as `load_pretrained` takes it. The summary of the run that
+            trained it becomes the card, where it lies beside it.
         repo_id: "owner/repository".
-        format: Of a model: see `save_pretrained`. A folder goes as it is.
+        format: Of a model: see `save_pretrained`. A folder goes as it is: settings, tokenizer and weights.
         private: Whether only the owner sees a new repository.
         revision: Branch; the main one unless said.
         message: Of the commit.
@@ -47,8 +47,9 @@ def push_to_hub(
 
     Raises:
         CheckpointError: There is no such model, or the hub refuses it or does not answer.
-        ConfigError: The model cannot be saved in that format.
+        ConfigError: The model cannot be saved in that format, or `repo_id` is none.
     """
+    _check_id(repo_id)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         summary: dict[str, Any] | None = None
@@ -56,15 +57,30 @@ def push_to_hub(
             save_pretrained(model, folder, format=format)
             architecture = model.architecture
         else:
-            source = model_folder(model)
+            source = locate(model)
+            if source.is_file():
+                raise ConfigError(
+                    f"{source} is a file of weights alone: push the model that load_pretrained makes of it"
+                )
             architecture, _ = model_settings(str(source))
-            for pattern in SHARED:
-                for path in source.glob(pattern):
-                    _link(path, folder / path.name)
-            summary = read_summary(Path(model))
+            for path in (*(path for pattern in SETTINGS for path in source.glob(pattern)), *with_index(source)):
+                _link(path, folder / path.name)
+            summary = read_summary(source)
         if not (folder / CARD).exists():
             write_text(folder / CARD, model_card(repo_id, architecture, summary, licence))
         return _upload(folder, repo_id, private, revision, message)
+
+
+def _check_id(repo_id: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if isinstance(repo_id, str) and repo_id.count("/") == 1:
+            return
+    except HFValidationError:
+        pass
+    raise ConfigError(f'repo_id={str(repo_id)[:99]!r} is no id on the hub: expected "owner/repository"')
 
 
 def _link(source: Path, target: Path) -> None:
@@ -86,9 +102,7 @@ def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, mes
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, allow_patterns=SHARED
-        )
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the hub does not take {repo_id} ({_first_line(error)}): check the name, the connection and HF_TOKEN"

@@ -16,8 +16,8 @@ WEIGHTS = "model.safetensors"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)*")
 
-SETTINGS = [CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"]
-SETTINGS += ["vocab.json", "merges.txt", "spiece.model", "README.md"]
+SETTINGS = [CONFIG, "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"]
+SETTINGS += ["tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "README.md"]
 SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 

@@ -128,6 +128,13 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in shards]
 
 
+def with_index(folder: Path) -> list[Path]:
+    """The files of weights in a folder, and the index that names them where there is one; errors as of `find`."""
+    files = find(folder)
+    index = folder / (SAFE_INDEX if files[0].suffix == ".safetensors" else PICKLE_INDEX)
+    return files if files[0].name in (SAFE, PICKLE) else [*files, index]
+
+
 @contextlib.contextmanager
 def _opened(file: Path) -> Iterator[tuple[Mapping[str, Entry], Read]]:
     """What a file holds, and what reads a tensor of it."""
@@ -158,8 +165,11 @@ def _opened(file: Path) -> Iterator[tuple[Mapping[str, Entry], Read]]:
         return
     with _one_line(file):
         tensors = _unpickled(file)
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
             raise CheckpointError(f"{file} holds no plain dictionary of tensors, such as a model's state_dict()")
+        if not all(isinstance(name, str) for name in tensors):
+            raise CheckpointError(f"{file} holds tensors whose names are no text: save a model's state_dict()")
+        tensors = {name: tensor.detach() for name, tensor in tensors.items()}  # some save parameters
 
     def take(name: str, into: Tensor | None = None) -> Tensor:
         return tensors[name] if into is None else into.copy_(tensors[name])
@@ -233,9 +243,7 @@ def write(folder: Path, planned: Mapping[str, Tensor], tensors: Iterable[tuple[s
             key, tensor = next(stream)
             assert key == expected
             content[key] = tensor.contiguous()
-        # Each file is complete or absent, also when the process is killed while it writes.
-        save_file(content, folder / f"{name}.part", metadata={"format": "pt"})
-        os.replace(folder / f"{name}.part", folder / name)
+        write_tensors(folder / name, content)
     if len(shards) > 1:
         total = sum(_bytes(tensor) for tensor in planned.values())
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -245,6 +253,16 @@ def write(folder: Path, planned: Mapping[str, Tensor], tensors: Iterable[tuple[s
     stale += [path.name for path in folder.glob("model-*-of-*.safetensors")]
     for name in set(stale) - set(names):
         (folder / name).unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a file of safetensors that is complete or absent, also when the process is killed while it writes."""
+    part = path.with_name(f"{path.name}.part")
+    part.touch()
+    mode = part.stat().st_mode
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.chmod(mode)  # what the library makes is its owner's alone, whatever the umask
+    os.replace(part, path)
 
 
 def write_text(path: Path, text: str) -> None:
