@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zoo._version import __version__
+from zoo.devices import usable_device
 from zoo.kernels.errors import CheckpointError, ConfigError
 from zoo.long_context import set_cache, set_rope_scaling
 from zoo.model import Model, create_model
 from zoo.pretrained import convert, weights
 from zoo.pretrained.families import by_names, by_settings, for_saving
-from zoo.pretrained.family import Family, Published
-from zoo.pretrained.sources import CONFIG, WEIGHTS, locate, model_folder
+from zoo.pretrained.family import Family, Published, bound
+from zoo.pretrained.sources import CONFIG, WEIGHTS, as_path, locate, model_folder
+from zoo.pretrained.tokenizer import describe_tokenizer
 from zoo.pretrained.weights import SHARD_BYTES, Weights, write_tensors, write_text
 
 __all__ = ["load_pretrained", "model_folder", "model_settings", "read_description", "save_pretrained"]
@@ -45,16 +47,22 @@ def save_pretrained(
         model: The model.
         folder: Where to write; made if missing, an older model in it is replaced.
         format: "zoo" keeps every setting and every bit; "transformers" is what that library opens, with equal logits,
-            where it has the architecture.
-        tokenizer: How text becomes tokens, as the data describe it; kept for `generate`.
+            where it has the architecture. It has no word for tokens that are bytes, nor for which tokens a Longformer
+            with causal=false treats as global: there, `global_attention_mask` must mark the first n_global.
+        tokenizer: How text becomes tokens, as the data describe it; kept for `generate`. That of the model
+            (`model.tokenizer`, which loading sets) unless given.
         max_shard_bytes: Of the transformers format: larger weights are split into files of this size.
         stored_dtype: Of the zoo format: a smaller type, such as bf16, to which the weights are rounded in the file;
             they are loaded in the type that they have here.
 
     Raises:
-        ConfigError: No such format, or it has no word for the model or one of its settings.
+        ConfigError: No such format, or it has no word for the model or one of its settings; no model, or no folder.
+        CheckpointError: The folder cannot be written.
     """
-    folder = Path(folder)
+    if not isinstance(model, Model):
+        raise ConfigError(f"a {type(model).__name__} cannot be saved: expected a Model, as create_model makes one")
+    folder = as_path(folder)
+    tokenizer = model.tokenizer if tokenizer is None else tokenizer
     if format not in FORMATS:
         raise ConfigError(f"format={format!r} is not known: expected {' or '.join(FORMATS)}")
     if format == "transformers":
@@ -62,7 +70,6 @@ def save_pretrained(
             raise ConfigError('stored_dtype has no word in transformers: convert the model, or save with format="zoo"')
         _save_published(model, folder, tokenizer, max_shard_bytes)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "architecture": model.architecture,
         "config": dataclasses.asdict(model.config),
@@ -72,22 +79,23 @@ def save_pretrained(
     if stored_dtype is not None:
         description["dtype"] = _dtype_name(model)
     tensors = {name: tensor.detach().to(stored_dtype).contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(folder / WEIGHTS, tensors)
-    write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
+    with weights.writing(folder):
+        write_tensors(folder / WEIGHTS, tensors)
+        write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
 
 
 def _save_published(model: Model, folder: Path, tokenizer: dict[str, Any] | None, max_shard_bytes: int) -> None:
     family, settings = for_saving(model.architecture, model.config)
     tensors = model.state_dict()
     table = family.table(model.config, Published(settings))
-    folder.mkdir(parents=True, exist_ok=True)
     planned = dict(convert.export({name: tensor.to("meta") for name, tensor in tensors.items()}, table))
-    weights.write(folder, planned, convert.export(tensors, table), max_shard_bytes)
-    write_text(folder / CONFIG, json.dumps(settings | {"dtype": _dtype_name(model)}, indent=2) + "\n")
-    if tokenizer is not None and tokenizer.get("kind") == "tokenizers":
-        write_text(folder / "tokenizer.json", tokenizer["json"])
-        fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        write_text(folder / "tokenizer_config.json", json.dumps(fast, indent=2) + "\n")
+    with weights.writing(folder):
+        weights.write(folder, planned, convert.export(tensors, table), max_shard_bytes)
+        write_text(folder / CONFIG, json.dumps(settings | {"dtype": _dtype_name(model)}, indent=2) + "\n")
+        if tokenizer is not None and tokenizer.get("kind") == "tokenizers":
+            write_text(folder / "tokenizer.json", tokenizer["json"])
+            fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            write_text(folder / "tokenizer_config.json", json.dumps(fast, indent=2) + "\n")
 
 
 def _dtype_name(model: Model) -> str:
@@ -99,7 +107,7 @@ def load_pretrained(
     revision: str | None = None,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     rope_scaling: str | Mapping[str, Any] | None = None,
     cache: str | Mapping[str, Any] | None = None,
 ) -> Model:
@@ -114,8 +122,9 @@ def load_pretrained(
             in that repository: "BlinkDL/rwkv-7-world/RWKV-x070-World-0.1B-v2.8.pth").
         revision: Branch, tag or commit on the hub.
         device: Where to put the model; the CPU unless said.
-        dtype: Type of the weights; that of the model that was saved unless said.
-        rope_scaling: For longer contexts, such as {"type": "yarn", "factor": 8}; see `zoo.set_rope_scaling`.
+        dtype: Type of the weights, or its name; that of the model that was saved unless said.
+        rope_scaling: For longer contexts, such as {"type": "yarn", "factor": 8}; see `zoo.set_rope_scaling`. The type
+            may be called rope_type.
         cache: What attention keeps of a long context, such as {"type": "window", "window": 1024}; see `zoo.set_cache`.
 
     Returns:
@@ -123,8 +132,18 @@ def load_pretrained(
 
     Raises:
         CheckpointError: No model there, a damaged file, an unknown family, or weights that do not fit the config.
-        ConfigError: The model cannot be scaled so, or has no such cache.
+        ConfigError: The model cannot be scaled so, or has no such cache; the device or type cannot be used.
     """
+    place = usable_device("cpu" if device is None else device)
+    kind = None if dtype is None else _dtype(dtype)
+    policies = [
+        (set_policy, *_policy(key, values))
+        for key, set_policy, values in (
+            ("rope_scaling", set_rope_scaling, rope_scaling),
+            ("cache", set_cache, cache),
+        )
+        if values is not None
+    ]
     found = _open(name, revision)
     family = found.family
     convert.load(
@@ -133,14 +152,29 @@ def load_pretrained(
         found.table,
         renames=family.renames if family else (),
         inert=family.inert if family else (),
-        device=device,
-        dtype=dtype or found.dtype,
+        device=place,
+        dtype=kind or found.dtype,
     )
-    for policy, values in ((set_rope_scaling, rope_scaling), (set_cache, cache)):
-        if values is not None:
-            own = {"type": values} if isinstance(values, str) else dict(values)
-            policy(found.model, own.pop("type", "none given"), **own)
+    for set_policy, policy, settings in policies:
+        set_policy(found.model, policy, **settings)
     return found.model.eval()
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ConfigError(f"dtype={dtype!r} is no type of weights: expected one of {', '.join(DTYPES)}")
+    return found
+
+
+def _policy(key: str, values: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a policy and its settings."""
+    own = {"type": values} if isinstance(values, str) else dict(values) if isinstance(values, Mapping) else {}
+    name = own.pop("type" if "type" in own or key == "cache" else "rope_type", None)
+    if not isinstance(name, str) or not all(isinstance(setting, str) for setting in own):
+        example = '{"type": "yarn", "factor": 8}' if key == "rope_scaling" else '{"type": "window", "window": 1024}'
+        raise ConfigError(f"{key}={values!r} names no type: expected its name, or settings with it such as {example}")
+    return name, own
 
 
 def model_settings(name: str) -> tuple[str, dict[str, Any]]:
@@ -176,18 +210,22 @@ def _open(name: str | os.PathLike[str], revision: str | None) -> _Found:
     if isinstance(settings, dict) and {"model_type", "ssm_cfg", "architectures"} & settings.keys():
         family = by_settings(settings, str(place / CONFIG))
         found = Weights(weights.find(place), place, f"its {CONFIG} ({family.name})")
-        return _published(family, Published(settings, str(place / CONFIG)), found)
+        opened = _published(family, Published(settings, str(place / CONFIG)), found)
+        opened.model.tokenizer = describe_tokenizer(place)
+        return opened
     description = read_description(place)
-    model = _build(description["architecture"], description["config"], place / CONFIG)
     found = Weights([place / WEIGHTS], place / WEIGHTS, f"its {CONFIG} ({description['architecture']})")
+    model = _build(description["architecture"], description["config"], place / CONFIG, found)
+    model.tokenizer = description["tokenizer"]
     dtype = DTYPES.get(description.get("dtype", ""))
     return _Found(model, found, convert.identity(model), None, dtype)
 
 
 def _published(family: Family, theirs: Published, found: Weights) -> _Found:
     try:
+        bound(theirs.values, theirs.where, found)
         settings = family.read(theirs)
-        model = _build(family.architecture, settings, theirs.where)
+        model = _build(family.architecture, settings, theirs.where, found)
         return _Found(model, found, family.table(model.config, theirs), family, None)
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise CheckpointError(
@@ -218,8 +256,9 @@ class _OnPaper(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(architecture: str, settings: dict[str, Any], where: str | Path) -> Model:
+def _build(architecture: str, settings: dict[str, Any], where: str | Path, found: Weights) -> Model:
     """A model without memory for its matrices."""
+    bound(settings, where, found)
     try:
         try:
             with torch.random.fork_rng(devices=[]), _OnPaper():
@@ -229,12 +268,17 @@ def _build(architecture: str, settings: dict[str, Any], where: str | Path) -> Mo
                 return create_model(architecture, **settings)
     except ConfigError as error:
         raise CheckpointError(f"{where} describes no model ({error}): copy or train it again") from error
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes that no tensor can have
+        told = weights.brief(error)
+        raise CheckpointError(
+            f"{where} describes no model that can be built ({told}): copy or train it again"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}): copy or train the model again") from error
 
 

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
-
 from zoo.checkpoint import load_pretrained
 from zoo.codec import Codec
+from zoo.devices import usable_device
 from zoo.kernels.errors import ConfigError
 from zoo.long_context import set_cache, set_rope_scaling
 from zoo.model import Model
@@ -62,20 +61,6 @@ def parse_command(settings: type[S], arguments: Sequence[str], owner: str) -> tu
             name = next(iter(own))
             raise ConfigError(f"{policy}.{name} is a setting of no policy: say which one with {policy}=...")
     return config, policies
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ConfigError: There is none here.
-    """
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" makes tensors, but they hold nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device={name!r} cannot be used here: pass device=cpu") from error
-    return device
 
 
 def load_model(config: ModelSettings, policies: PolicySettings) -> tuple[Model, Codec | None]:

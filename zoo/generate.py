@@ -57,6 +57,12 @@ def main() -> None:
     prompt = "\n" if config.prompt is None else config.prompt
     if not prompt:
         raise ConfigError("prompt= is empty: give a text to continue, or leave prompt out to begin with a line break")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"prompt= is no UTF-8 at character {error.start}: save it as UTF-8, or leave that out"
+        ) from None
     model, codec = load_model(config, policies)
     if codec is None:
         raise ConfigError(f"model={config.model} was not trained on text: generate with one that was, or from Python")

@@ -83,6 +83,8 @@ class Model(nn.Module):
         super().__init__()
         self.architecture = arch.name
         self.config = config
+        self.tokenizer: dict[str, str] | None = None
+        """How text becomes its tokens, as `Codec.to_dict` says it; known of loaded models, and saved with them."""
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = None if config.max_positions is None else nn.Embedding(config.max_positions, config.d_model)
         self.embedding_norm = config.make_norm() if config.embedding_norm else nn.Identity()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
 import zoo
 from zoo.kernels.errors import CheckpointError, ConfigError
+from zoo.layers.attention import BERT
+from zoo.pretrained.hub import model_card
 
 BUNDLED = "mamba-mqar-nano"
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.model", "generation_config.json"]
@@ -97,3 +101,54 @@ def test_weights_get_the_mode_of_the_other_files(format, tmp_path) -> None:
     zoo.save_pretrained(zoo.create_model("mamba", vocab_size=7, d_model=8), tmp_path, format=format)
     modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]
+
+
+def test_the_tokenizer_is_kept(tmp_path, uploaded) -> None:
+    model = zoo.load_pretrained("mamba-pystdlib-nano")
+    zoo.save_pretrained(model, tmp_path / "ours")
+    assert zoo.load_tokenizer(tmp_path / "ours").encode("ab") == [97, 98]
+    zoo.push_to_hub(model, "me/mamba")
+    assert json.loads(uploaded["config.json"])["tokenizer"] == {"kind": "bytes"}
+    words = Tokenizer(models.WordLevel({"def": 0, "x": 1}, unk_token="x")).to_str()
+    zoo.save_pretrained(
+        model, tmp_path / "other", format="transformers", tokenizer={"kind": "tokenizers", "json": words}
+    )
+    for format in ("zoo", "transformers"):
+        zoo.save_pretrained(zoo.load_pretrained(tmp_path / "other"), tmp_path / format, format=format)
+        assert zoo.load_tokenizer(tmp_path / format).encode("def") == [0]
+    assert zoo.create_model("mamba", vocab_size=7, d_model=8).tokenizer is None
+
+
+def test_a_tokenizer_that_is_no_text(tmp_path) -> None:
+    zoo.save_pretrained(zoo.create_model("mamba", vocab_size=7, d_model=8), tmp_path, format="transformers")
+    (tmp_path / "tokenizer.json").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is damaged"):
+        zoo.load_pretrained(tmp_path)
+
+
+def test_the_card_of_a_longformer_says_what_it_needs(uploaded, tmp_path) -> None:
+    settings = {**BERT, "max_positions": 32, "n_heads": 2}
+    model = zoo.create_model("longformer", vocab_size=7, d_model=8, **settings)
+    zoo.push_to_hub(model, "me/long", format="transformers")
+    assert b"the first 1 of each sequence must be marked in `global_attention_mask`" in uploaded["README.md"]
+    uploaded.clear()
+    model = zoo.create_model("longformer", vocab_size=7, d_model=8, **settings, n_global=0)
+    zoo.save_pretrained(model, tmp_path, format="transformers")
+    zoo.push_to_hub(tmp_path, "me/long")
+    assert b"global_attention_mask" not in uploaded["README.md"]
+
+
+def test_the_figures_of_a_card() -> None:
+    metrics = {
+        "train": {"loss": 0.5, "lr": 0.25, "grad_norm": 2.0},
+        "test": {"acc": 0.75, "acc/pairs=4": 0.75, "exact": 0.5, "exact/pairs=4": 0.375, "exact/pairs=8": 0.625},
+    }
+    card = model_card("me/thing", "mamba", {"metrics": metrics}, None)
+    rows = [line for line in card.splitlines() if line.startswith(("| train", "| test"))]
+    assert rows == [
+        "| train | loss | 0.5 |",
+        "| test | acc | 0.75 |",
+        "| test | exact | 0.5 |",
+        "| test | exact/pairs=4 | 0.375 |",
+        "| test | exact/pairs=8 | 0.625 |",
+    ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from zoo.config import ModelConfig
 from zoo.kernels.errors import CheckpointError, ConfigError
 from zoo.pretrained.convert import Table
+from zoo.pretrained.weights import Weights
 
 _REQUIRED = object()
 
@@ -105,6 +107,32 @@ def insist(config: ModelConfig, form: str, **expected: Any) -> None:
                 f"{name}={getattr(config, name)!r} has no word in the {form} of transformers, which knows {value!r} "
                 f'only: save with format="zoo"'
             )
+
+
+LAYERS = ("n_layers", "num_hidden_layers", "n_layer")
+WIDTHS = ("d_model", "hidden_size", "vocab_size", "max_positions", "d_ff")
+"""What settings of ours and of others call numbers of layers, each of which has tensors, and sizes of tensors."""
+
+
+def bound(settings: Mapping[str, Any], where: str | Path, found: Weights) -> None:
+    """Refuses sizes that the file cannot fill, before anything of that size is made.
+
+    Args:
+        settings: Ours or theirs.
+        where: What to call them in messages.
+        found: The files.
+
+    Raises:
+        CheckpointError: More layers than tensors, or a width above the number of weights.
+    """
+    elements = sum(math.prod(entry.shape) for entry in found.entries.values())
+    for keys, limit, what in ((LAYERS, len(found.entries), "tensors"), (WIDTHS, elements, "weights")):
+        for key in keys:
+            value = settings.get(key)
+            if isinstance(value, int) and value > limit:
+                raise CheckpointError(
+                    f"{where} has {key}={value}, which the {limit} {what} in {found.where} cannot fill: copy it again"
+                )
 
 
 def finite(value: float | None) -> float | None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from zoo.checkpoint import model_settings, save_pretrained
 from zoo.codec import ask_hub
 from zoo.kernels.errors import CheckpointError, ConfigError
 from zoo.model import Model
-from zoo.pretrained.sources import SETTINGS, locate
+from zoo.pretrained import longformer
+from zoo.pretrained.sources import CONFIG, SETTINGS, locate
 from zoo.pretrained.weights import with_index, write_text
 
 CARD = "README.md"
@@ -67,7 +68,8 @@ def push_to_hub(
                 _link(path, folder / path.name)
             summary = read_summary(source)
         if not (folder / CARD).exists():
-            write_text(folder / CARD, model_card(repo_id, architecture, summary, licence))
+            note = longformer.note(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+            write_text(folder / CARD, model_card(repo_id, architecture, summary, licence, note))
         return _upload(folder, repo_id, private, revision, message)
 
 
@@ -119,7 +121,7 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     for path in (run / "summary.json", run.resolve().parent / "summary.json"):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         if isinstance(summary, dict):
             return summary
@@ -146,7 +148,28 @@ def _told(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def model_card(repo_id: str, architecture: str, summary: Mapping[str, Any] | None, licence: str | None) -> str:
+OF_TRAINING = ("lr", "grad_norm")
+"""Metrics that say nothing of the model."""
+
+
+def _figures(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Split, metric and value; those of a slice only where they are not those of the whole."""
+    for split, values in (summary.get("metrics") or {}).items():
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                whole, slice_, _ = key.partition("/")
+                repeated = slice_ and values.get(whole) == value
+                if isinstance(value, int | float) and key not in OF_TRAINING and not repeated:
+                    yield split, key, value
+
+
+def model_card(
+    repo_id: str,
+    architecture: str,
+    summary: Mapping[str, Any] | None,
+    licence: str | None,
+    note: str | None = None,
+) -> str:
     """The text of a model card.
 
     Args:
@@ -154,6 +177,7 @@ def model_card(repo_id: str, architecture: str, summary: Mapping[str, Any] | Non
         architecture: Of the model.
         summary: Of its run; None where it is not known.
         licence: For the card's header; None leaves it out.
+        note: What whoever opens the model must know.
     """
     header = {"library_name": "subquadratic-zoo", "tags": [architecture, "sequence-model"]}
     header |= {} if licence is None else {"license": licence}
@@ -161,19 +185,14 @@ def model_card(repo_id: str, architecture: str, summary: Mapping[str, Any] | Non
     lines += [f"# {repo_id.partition('/')[2] or repo_id}", ""]
     lines += [f"A model of the architecture `{architecture}`, made with subquadratic-zoo.", ""]
     lines += ["```python", "import zoo", "", f'model = zoo.load_pretrained("{repo_id}")', "```"]
+    lines += [] if note is None else ["", note]
     if summary is None:
         return "\n".join(lines) + "\n"
     lines += ["", "## Training", "", "| | |", "|---|---|"]
     lines += [f"| {text} | {_told(summary[key])} |" for key, text in FACTS.items() if summary.get(key) is not None]
     if summary.get("command"):
         lines += ["", "```console", str(summary["command"]), "```"]
-    figures = [
-        (split, key, value)
-        for split, values in (summary.get("metrics") or {}).items()
-        if isinstance(values, Mapping)
-        for key, value in values.items()
-        if isinstance(value, (int, float))
-    ]
+    figures = list(_figures(summary))
     if figures:
         lines += ["", "## Results", "", "| split | metric | value |", "|---|---|---|"]
         lines += [f"| {split} | {key} | {value:.5g} |" for split, key, value in figures]

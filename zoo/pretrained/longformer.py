@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from zoo.architectures.longformer import LongformerConfig
@@ -38,6 +39,17 @@ def write(config: LongformerConfig) -> dict[str, Any]:
         # No setting of theirs, but kept: `global_attention_mask` must mark so many first tokens.
         "n_global": n_global,
     }
+
+
+def note(settings: Mapping[str, Any]) -> str | None:
+    """What whoever opens a written model in transformers must know; None where there is nothing."""
+    marked = settings.get("n_global") if settings.get("model_type") == "longformer" else None
+    if not marked:
+        return None
+    return (
+        f"transformers does not know by itself which tokens are global: the first {marked} of each sequence must be "
+        f"marked in `global_attention_mask`, as they were in training."
+    )
 
 
 def table(config: LongformerConfig, theirs: Published) -> Table:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from zoo.codec import ask_hub
-from zoo.kernels.errors import CheckpointError
+from zoo.kernels.errors import CheckpointError, ConfigError
 from zoo.pretrained.variants import BUNDLED, variants
 
 CONFIG = "config.json"
@@ -18,8 +18,26 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)*")
 
 SETTINGS = [CONFIG, "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json"]
 SETTINGS += ["tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "README.md"]
+FILES_OF_WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")
+LONGEST = 4096
+"""Characters of a path, in most systems."""
 SAFE = ["model*.safetensors", "model.safetensors.index.json"]
 PICKLES = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+
+
+def as_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a name of a model or folder is.
+
+    Raises:
+        ConfigError: It can be neither.
+    """
+    if isinstance(name, str | os.PathLike) and 0 < len(os.fspath(name)) <= LONGEST:
+        try:
+            return Path(name).expanduser()
+        except (TypeError, RuntimeError):  # bytes; the home of nobody
+            pass
+    told = repr(name) if len(repr(name)) <= 99 else f"{repr(name)[:99]}..."
+    raise ConfigError(f"{told} names no model and no folder: expected a path, a variant or an id on the hub, as text")
 
 
 def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -32,10 +50,14 @@ def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     Raises:
         CheckpointError: There is none.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = as_path(name)
+    if os.path.isfile(path):  # which, unlike that of Path, has no error for names that no file can have
+        if path.suffix not in FILES_OF_WEIGHTS:
+            raise CheckpointError(
+                f"{path} is no file of weights: give the folder that holds {CONFIG} and the weights, here {path.parent}"
+            )
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         return _in_folder(path)
     text = str(name)
     known = variants()
@@ -48,7 +70,9 @@ def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
         return from_hub(text, revision, SAFE, PICKLES)
     if os.sep in str(name):
         return model_folder(path)  # which says that it is not there
-    near = difflib.get_close_matches(text, known)
+    lower = {each.lower(): each for each in known}
+    near = [each for each in lower if each.startswith(text.lower())] or difflib.get_close_matches(text.lower(), lower)
+    near = [lower[each] for each in near[:3]]
     guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise CheckpointError(
         f"no folder {str(name)!r}, and no variant of that name: {guess}`zoo list --pretrained` shows all"
@@ -56,10 +80,12 @@ def locate(name: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 
 def _in_folder(folder: Path) -> Path:
-    files = list(folder.glob("*.pth"))
-    if len(files) == 1 and not (folder / CONFIG).is_file():
-        return files[0]
-    return model_folder(folder)
+    files = sorted(folder.glob("*.pth"))
+    if not files or (folder / CONFIG).is_file():
+        return model_folder(folder)
+    if len(files) > 1:
+        raise CheckpointError(f"{folder} holds {' and '.join(file.name for file in files)}: give the path of one")
+    return files[0]
 
 
 def from_hub(name: str, revision: str | None, *choices: list[str]) -> Path:
@@ -117,7 +143,7 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
     """
     folder = Path(folder)
     for place in (folder, folder / "model"):
-        if (place / CONFIG).is_file():
+        if os.path.isfile(place / CONFIG):
             return place
     what = f"{folder} holds no model" if folder.is_dir() else f"no folder {str(folder)!r}"
     raise CheckpointError(f"{what}: expected {CONFIG} and {WEIGHTS}, as a finished run has them in its model/ folder")

@@ -42,6 +42,16 @@ def find_tokenizer(name: str | os.PathLike[str], revision: str | None = None) ->
     return None if isinstance(found, str) else found
 
 
+def describe_tokenizer(folder: Path) -> dict[str, str] | None:
+    """What `Codec.to_dict` would say of the tokenizer of a published model; None where it has no `tokenizer.json`."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        return {"kind": "tokenizers", "json": (folder / FILE).read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / FILE} is damaged ({error}): copy it again") from error
+
+
 def _find(name: str | os.PathLike[str], revision: str | None) -> Codec | str:
     """The tokenizer, or why there is none."""
     place = locate(name, revision)
@@ -66,7 +76,7 @@ def _find(name: str | os.PathLike[str], revision: str | None) -> Codec | str:
 def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / CONFIG} is damaged ({error}): copy or train the model again") from error
     return settings if isinstance(settings, dict) else {}
 

@@ -120,7 +120,7 @@ def _shards(index: Path) -> list[Path]:
             # A path in it could lead anywhere.
             if Path(name).name != name or not name:
                 raise ValueError(f"{name!r} is no name of a file beside it")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error}): copy it again") from error
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
@@ -207,11 +207,22 @@ def _one_line(file: Path) -> Iterator[None]:
             ) from error
         raise CheckpointError(f"{file} cannot be read (no pickle of tensors): copy it again") from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file} cannot be read ({_brief(error)}): copy it or train the model again") from error
+        raise CheckpointError(f"{file} cannot be read ({brief(error)}): copy it or train the model again") from error
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """What an error says, in one line that is not long."""
     return re.sub(r"\s+", " ", str(error))[:160] or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes a folder; what goes wrong while files are written into it is one line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be written ({brief(error)}): choose another folder") from error
 
 
 def write(folder: Path, planned: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
