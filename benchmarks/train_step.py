@@ -36,13 +36,18 @@ LLAMA, MAMBAPY = "transformers LlamaForCausalLM (SDPA)", "mambapy"
 PEERS = {LLAMA: "llama", "transformers MambaForCausalLM": "mamba"}
 PEERS |= {"transformers Mamba2ForCausalLM": "mamba2", "transformers RwkvForCausalLM": "rwkv4"}
 PEERS |= {"transformers LongformerForMaskedLM": "longformer", "transformers BigBirdForMaskedLM": "bigbird"}
-OURS = "the zoo's transformer"
+OURS, OURS_SHORT = "the zoo's transformer", "the zoo's transformer, rows of 512"
 ENCODER = {**BERT, "n_heads": 4, "d_ff": 1024}
 FORMS = {
     "transformer": ("transformer", {"n_heads": 4, "d_ff": 688}),
     "longformer": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256}),
     "bigbird": ("bigbird", {"n_heads": 4, "d_ff": 688}),
     "landmark": ("landmark", {"n_heads": 4, "d_ff": 688, "block_size": 64}),
+    "transformer_xl": ("transformer_xl", {"n_heads": 4, "d_ff": 688, "segment": 512, "memory": 512}),
+    "compressive": (
+        "compressive",
+        {"n_heads": 4, "d_ff": 688, "segment": 512, "memory": 512, "compressed_memory": 128, "rate": 4},
+    ),
     "longformer both ways": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256, "causal": False}),
     "longformer encoder": ("longformer", {**ENCODER, "window": 256, "n_global": 0}),
     "bigbird encoder": ("bigbird", {**ENCODER, "plan": "transformers"}),
@@ -54,6 +59,7 @@ PLAN += [(arch, OURS, shape) for arch in ("mamba", "mamba2", "rwkv4", "rwkv7") f
 PLAN += [("rwkv4", "transformers RwkvForCausalLM", shape) for shape in SHAPES]
 PLAN += [(arch, OURS, shape) for arch in ("longformer", "bigbird") for shape in SHAPES]
 PLAN += [("landmark", OURS, SHAPES[1])]
+PLAN += [(arch, OURS_SHORT, SHAPES[1]) for arch in ("transformer_xl", "compressive")]
 PLAN += [("longformer encoder", "transformers LongformerForMaskedLM", shape) for shape in SHAPES]
 PLAN += [("bigbird encoder", "transformers BigBirdForMaskedLM", shape) for shape in SHAPES]
 PLAN += [("mamba", "transformers MambaForCausalLM", SHAPES[0])]  # the slowest last
@@ -134,7 +140,7 @@ def our_model(arch: str, length: int = 0) -> zoo.Model:
 
 
 def peer_model(arch: str, peer: str, length: int) -> nn.Module:
-    if peer == OURS:
+    if peer in (OURS, OURS_SHORT):
         return our_model("transformer")
     return MambaPy() if peer == MAMBAPY else copied(our_model(arch, length), peer)
 
@@ -151,10 +157,11 @@ def compare(arch: str, peer: str, length: int, rows: int, rounds: int, seconds: 
     """One row of the table."""
     ours, theirs = our_model(arch, length), peer_model(arch, peer, length)
     tokens = torch.randint(2, VOCABULARY, (rows, length))  # 0 and 1 are padding to some peers
-    steps = {"ours": stepper(ours, tokens), "theirs": stepper(theirs, tokens)}
+    theirs_read = tokens.view(-1, 512) if peer == OURS_SHORT else tokens
+    steps = {"ours": stepper(ours, tokens), "theirs": stepper(theirs, theirs_read)}
     if peer == MAMBAPY:
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
-    elif peer != OURS:  # the gate: the same function, or no timing
+    elif peer not in (OURS, OURS_SHORT):  # the gate: the same function, or no timing
         losses = {name: step() for name, step in steps.items()}
         assert abs(losses["ours"] / losses["theirs"] - 1) < 1e-4, losses
     times = in_turn(steps, rounds, seconds)
@@ -171,7 +178,7 @@ def compare(arch: str, peer: str, length: int, rows: int, rounds: int, seconds: 
         "ratio_max": max(ratios),
         "rounds": len(ratios),
     }
-    if peer != OURS:
+    if peer not in (OURS, OURS_SHORT):
         row["peak_memory_bytes"] = peak_memory_bytes(prepare, arch, None, length, rows)
         row["peer_peak_memory_bytes"] = peak_memory_bytes(prepare, arch, peer, length, rows)
     return row
