@@ -37,7 +37,7 @@ def weigh(scores, grads, height, n):
     for i in range(height):
         start = height - 1 + i * (ROW - 1)
         for c in range(start, start + columns, LANES):
-            weight = exp2(load(scores, c))
+            weight = exp2(load(scores, c) * LOG2_E)
             store(scores, c, weight)
             store(grads, c, load(grads, c) * weight)
         for c in range(i * ROW, start):
@@ -49,7 +49,7 @@ def weigh(scores, grads, height, n):
 @jit
 def adjoin(
     scores, grads, height, count, n, k, k_at, k_row, panels, v_panels, own, r_columns, column, r_row, r_rows, r_at,
-    width, distance, dq, dp, dk, dv, d_at, dr, dr_at,
+    width, distance, dq, dp, dk, dv, d_at, dr, dr_at, d_row,
 ):  # fmt: skip
     """Adds what a block of queries and a chunk of slots are to each other's gradients."""
     q_rows, p_rows, dy_rows, lse, delta = own
@@ -65,22 +65,23 @@ def adjoin(
     for j in range(0, n, PANEL):
         depth = min(PANEL, n - j)
         add_product(
-            dv, d_at + j * width, width, fours(depth), width, scores, origin + j, 1, skew, dy_rows, 0, width, count
+            dv, d_at + j * d_row, d_row, fours(depth), width, scores, origin + j, 1, skew, dy_rows, 0, width, count
         )
         add_product(
-            dk, d_at + j * width, width, fours(depth), width, grads, origin + j, 1, skew, q_rows, 0, width, count
+            dk, d_at + j * d_row, d_row, fours(depth), width, grads, origin + j, 1, skew, q_rows, 0, width, count
         )
         add_product(dq, 0, width, height, width, grads, origin + j, skew, 1, k, k_at + j * k_row, k_row, depth)
     for j in range(0, n + height - 1, PANEL):
         depth = min(PANEL, n + height - 1 - j)
-        add_product(dr, dr_at + j * width, width, fours(depth), width, grads, j, 1, ROW, p_rows, 0, width, count)
+        add_product(dr, dr_at + j * d_row, d_row, fours(depth), width, grads, j, 1, ROW, p_rows, 0, width, count)
         add_product(dp, 0, width, height, width, grads, j, ROW, 1, r_rows, r_at + j * width, width, depth)
 
 
 @jit
 def backward(
     first, last, sizes, factor, n_parts, n_slots, own_rows, q, q_at, p, p_at, k, k_at, v, v_at, past_k, past_k_at,
-    past_v, past_v_at, r_columns, r_rows, starts, lengths, counts, rows_at, y, lse, dy, dq, dp, dk, dv, past_dk, past_dv, dr,
+    past_v, past_v_at, r_columns, r_rows, starts, lengths, counts, rows_at, y, lse, dy, dq, dp, dk, dv, past_dk,
+    past_dv, dr,
 ):  # fmt: skip
     """Runs the tasks; see `numba_backend` for the arguments."""
     n_segments, n_queries, n_heads, n_groups, width, n_runs, n_distances = sizes
@@ -92,17 +93,18 @@ def backward(
     scores, grads = scratch(QUERIES * ROW, q), scratch(QUERIES * ROW, q)
     sums, delta = scratch(QUERIES, q), scratch(QUERIES, q)
     own = q_rows, p_rows, dy_rows, sums, delta
-    shared = n_heads // n_groups
+    shared, d_row = n_heads // n_groups, n_groups * width
 
     for task in range(first, last):
         entry, part = divmod(task, n_parts)
         b, group = divmod(entry, n_groups)
-        past_at, dr_base = task * n_slots * width, task * r_count * width
+        owned = b * n_parts + part
+        past_at, dr_base = (owned * n_slots * n_groups + group) * width, (owned * r_count * n_groups + group) * width
         for segment in range(n_segments * part // n_parts, n_segments * (part + 1) // n_parts):
             line = b * rows_at * n_segments + segment
             own_k = b * k_at[0] + segment * k_at[1] + group * k_at[3]
             own_v = b * v_at[0] + segment * v_at[1] + group * v_at[3]
-            own_at = ((b * n_groups + group) * n_segments + segment) * own_rows * width
+            own_at = ((b * n_segments + segment) * own_rows * n_groups + group) * width
             for head in range(group * shared, (group + 1) * shared):
                 for block in range(0, counts[line], QUERIES):
                     count = min(QUERIES, counts[line] - block)
@@ -113,7 +115,7 @@ def backward(
                         q_at[2],
                         count,
                         width,
-                        factor * LOG2_E,
+                        factor,
                         q_rows,
                     )
                     load_rows(
@@ -122,14 +124,14 @@ def backward(
                         p_at[2],
                         count,
                         width,
-                        factor * LOG2_E,
+                        factor,
                         p_rows,
                     )
                     y_at = (((b * n_segments + segment) * n_queries + block) * n_heads + head) * width
                     load_rows(dy, y_at, n_heads * width, count, width, 1.0, dy_rows)
                     sums[:], delta[:] = -np.inf, 0.0
                     for i in range(count):
-                        sums[i] = -lse[y_at // width + i * n_heads] * LOG2_E
+                        sums[i] = -lse[y_at // width + i * n_heads]
                         product = load(dy_rows, i * width) * load(y, y_at + i * n_heads * width)
                         for c in range(LANES, width, LANES):
                             product = product + load(dy_rows, i * width + c) * load(y, y_at + i * n_heads * width + c)
@@ -146,7 +148,7 @@ def backward(
                         if n == 0:
                             break
                         column = column_of(distance + height - 1, n_distances)
-                        r_at, dr_at = (group * r_count + column) * width, dr_base + column * width
+                        r_at, dr_at = (group * r_count + column) * width, dr_base + column * d_row
                         column += group * width * r_row
                         if run < n_runs:
                             slot += starts[line * n_runs + run]
@@ -157,7 +159,7 @@ def backward(
                             adjoin(
                                 scores, grads, height, count, n, past_k, keys, past_k_at[1], panels, v_panels, own,
                                 r_columns, column, r_row, r_rows, r_at, width, distance, own_dq, own_dp, past_dk,
-                                past_dv, past_at + slot * width, dr, dr_at,
+                                past_dv, past_at + slot * d_row, dr, dr_at, d_row,
                             )  # fmt: skip
                         else:
                             transpose_panels(k, own_k + slot * k_at[2], k_at[2], n, width, panels)
@@ -165,7 +167,7 @@ def backward(
                             adjoin(
                                 scores, grads, height, count, n, k, own_k + slot * k_at[2], k_at[2], panels, v_panels,
                                 own, r_columns, column, r_row, r_rows, r_at, width, distance, own_dq, own_dp, dk, dv,
-                                own_at + slot * width, dr, dr_at,
+                                own_at + slot * d_row, dr, dr_at, d_row,
                             )  # fmt: skip
                     copy(own_dq, 0, width, count, width, dq, y_at, n_heads * width, factor)
                     copy(own_dp, 0, width, count, width, dp, y_at, n_heads * width, factor)

@@ -20,7 +20,7 @@ from zoo.kernels.relative_attention.numba_tiles import BEFORE, BEHIND, QUERIES, 
 from zoo.kernels.relative_attention.segments import Segments, visible_pairs
 from zoo.kernels.simd import LANES, LOG2_E
 
-PARTS = 16
+PARTS = 8
 """Tasks of the backward pass at least, where there are segments enough; each has sums of its own for all memory."""
 
 
@@ -117,16 +117,16 @@ def backward(
     width = columns.shape[1]
     # From the sizes alone, not from the number of threads, so that the result does not depend on it either.
     n_parts = max(1, min(n_segments, PARTS // (batch * n_groups)))
-    n_tasks = batch * n_groups * n_parts
     dq, dp = (torch.zeros((*q.shape[:-1], width), dtype=dtype) for _ in range(2))
-    # Products come in rows of four: room for the last ones.
-    own_rows, past_rows = fours(n_queries), fours(n_slots) + 4
-    dk, dv = (torch.zeros((batch, n_groups, n_segments, own_rows, width), dtype=dtype) for _ in range(2))
-    past_dk, past_dv = (torch.zeros((batch, n_groups, n_parts, past_rows, width), dtype=dtype) for _ in range(2))
-    dr = torch.zeros((batch, n_groups, n_parts, in_rows.shape[1], width), dtype=dtype)
+    # Products come in rows of four: room for the last ones. Without a need for it nothing is copied below.
+    own_rows = fours(n_queries)
+    past_rows = n_slots if bool((segments.lengths % 4 == 0).all()) else n_slots + 4
+    dk, dv = (torch.zeros((batch, n_segments, own_rows, n_groups, width), dtype=dtype) for _ in range(2))
+    past_dk, past_dv = (torch.zeros((batch, n_parts, past_rows, n_groups, width), dtype=dtype) for _ in range(2))
+    dr = torch.zeros((batch, n_parts, in_rows.shape[1], n_groups, width), dtype=dtype)
     parallel.run(
         numba_adjoint.backward,
-        n_tasks,
+        batch * n_groups * n_parts,
         _work(segments, q),
         _sizes(q, k, r, segments, width),
         scale,
@@ -142,10 +142,12 @@ def backward(
         _pad(dy).to(dtype).contiguous().view(-1).numpy(),
         *(gradient.view(-1).numpy() for gradient in (dq, dp, dk, dv, past_dk, past_dv, dr)),
     )
-    # The queries that met the loops were to base 2.
-    dk = dk[:, :, :, :n_queries].permute(0, 2, 3, 1, 4) / LOG2_E
-    dv = dv[:, :, :, :n_queries].permute(0, 2, 3, 1, 4)
-    past_dk, past_dv = (x[:, :, :, :n_slots].sum(2).transpose(1, 2) for x in (past_dk, past_dv))
-    dr = dr[:, :, :, BEFORE : BEFORE + n_distances].sum((0, 2)).transpose(0, 1).flip(0) / LOG2_E
-    gradients = dq, dp, dk, dv, past_dk / LOG2_E, past_dv, dr
-    return tuple(gradient[..., :n_channels] for gradient in gradients)
+    dk, dv = dk[:, :, :n_queries], dv[:, :, :n_queries]
+    past_dk, past_dv = (_summed(x)[:, :n_slots] for x in (past_dk, past_dv))
+    dr = dr[:, :, BEFORE : BEFORE + n_distances].sum((0, 1)).flip(0)
+    return tuple(gradient[..., :n_channels] for gradient in (dq, dp, dk, dv, past_dk, past_dv, dr))
+
+
+def _summed(parts: Tensor) -> Tensor:
+    """The sum over the parts, (B, P, ...)."""
+    return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)

@@ -22,7 +22,7 @@ from zoo.kernels.simd import LANES, inlined, jit, splat, store
 QUERIES = 64
 """Queries of a block."""
 
-KEYS = 256
+KEYS = 512
 """Slots of a chunk: the more, the fewer distances are computed in vain, QUERIES - 1 for each chunk."""
 
 PANEL = 64

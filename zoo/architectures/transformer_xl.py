@@ -21,7 +21,7 @@ from zoo.documents import document_begins, document_ends
 from zoo.kernels import Segments, linear, relative_attention, relative_attention_flops
 from zoo.layers.attention import Documents, HeadsConfig
 from zoo.layers.linear import Linear
-from zoo.layers.relative import relative_positions, sinusoids, with_input_gradient
+from zoo.layers.relative import project_twice, relative_positions, sinusoids
 from zoo.layers.tiles import tile_documents, whole_document
 from zoo.mixer import Mixer, no_weight_decay
 from zoo.registry import register
@@ -214,14 +214,13 @@ class TransformerXL(Mixer):
     def _projected(self, x: Tensor, state: Any, tiles: Tiles, past: Past | None) -> tuple[Tensor, ...]:
         """Queries, keys, values and positions: what `relative_attention` takes, in heads of width K."""
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
-        projected = linear(x.detach(), weight, bias)
-        own = with_input_gradient(projected, x, weight)
+        own, past_kv = project_twice(x, weight, bias, 2 * self.d_model)
         q, k, v = tiles.split(own).unflatten(-1, (3, self.n_heads, -1)).unbind(3)  # (B, N, Q, H, K)
         weight, bias = weight[self.d_model :], None if bias is None else bias[self.d_model :]
-        parts = []
-        for slots, taught in self._memory(x, state, past):
-            part = projected[..., self.d_model :] if slots is x else linear(slots.detach(), weight, bias)
-            parts.append(with_input_gradient(part, slots, weight) if taught else part)
+        parts = [
+            past_kv if slots is x else linear(slots if taught else slots.detach(), weight, bias)
+            for slots, taught in self._memory(x, state, past)
+        ]
         memory = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (B, M, 2 D)
         memory_k, memory_v = memory.unflatten(-1, (2, self.n_heads, -1)).unbind(2)
         r = relative_positions(self.position_proj.weight, self._distances(x, state)).unflatten(-1, (self.n_heads, -1))
@@ -250,7 +249,7 @@ class TransformerXL(Mixer):
         own = tiles.split(x)[:, :, :, None]
         parts = [slots if taught else slots.detach() for slots, taught in self._memory(x, state, past)]
         memory = torch.cat(parts, dim=1)[:, :, None]  # (B, M, 1, D)
-        r = sinusoids(self._distances(x, state), self.d_model, device=x.device).to(x.dtype)[:, None]
+        r = sinusoids(self._distances(x, state), self.d_model, device=x.device, dtype=x.dtype)[:, None]
         return content, position, own, own, memory, memory, r
 
     def _heads_of(self, part: int) -> tuple[Tensor, Tensor | None]:

@@ -1,29 +1,35 @@
 """Parts of attention with the relative positions of Transformer-XL (Dai et al. 2019, arXiv 1901.02860).
 
-Letters: S distances, D d_model, N outputs of a projection.
+Letters: S distances, D d_model, N outputs of a projection, P of them that a memory keeps.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zoo.kernels import linear
+from zoo.kernels import flop_formulas, linear, linear_flops
 
 
-def sinusoids(count: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Sines, then cosines, of the distances 0 to count - 1, (S, D) float64 (Vaswani et al. 2017, arXiv 1706.03762)."""
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # or what was made while generating could not be used in training
+def sinusoids(count: int, width: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Sines, then cosines, of the distances 0 to count - 1, (S, D) (Vaswani et al. 2017, arXiv 1706.03762).
+
+    The same tensor every time: all layers and steps share it.
+    """
     half = (width + 1) // 2
     rates = 10_000.0 ** (-torch.arange(half, device=device, dtype=torch.float64) * 2 / width)
     angles = torch.arange(count, device=device, dtype=torch.float64)[:, None] * rates
-    return torch.cat((angles.sin(), angles.cos()[:, : width - half]), dim=1)
+    return torch.cat((angles.sin(), angles.cos()[:, : width - half]), dim=1).to(dtype)
 
 
 @torch.library.custom_op("zoo::relative_positions", mutates_args=())
 def _relative_positions(weight: Tensor, count: int) -> Tensor:
-    return linear(sinusoids(count, weight.shape[1], device=weight.device).to(weight.dtype), weight)
+    return linear(sinusoids(count, weight.shape[1], device=weight.device, dtype=weight.dtype), weight)
 
 
 @_relative_positions.register_fake
@@ -37,8 +43,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None
 
 def _autograd(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
     (weight,) = ctx.saved_tensors
-    positions = sinusoids(gradient.shape[0], weight.shape[1], device=weight.device).to(gradient.dtype)
-    return (gradient.t() @ positions).to(weight.dtype), None
+    positions = sinusoids(gradient.shape[0], weight.shape[1], device=weight.device, dtype=gradient.dtype)
+    return linear(gradient.t(), positions.t()).to(weight.dtype), None
 
 
 _relative_positions.register_autograd(_autograd, setup_context=_setup_context)
@@ -60,41 +66,51 @@ def relative_positions(weight: Tensor, count: int) -> Tensor:
     return torch.ops.zoo.relative_positions(weight, count)
 
 
-@torch.library.custom_op("zoo::with_input_gradient", mutates_args=())
-def _with_input_gradient(projected: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return projected.clone()  # what an operator returns must be its own
+@torch.library.custom_op("zoo::project_twice", mutates_args=())
+def _project_twice(x: Tensor, weight: Tensor, bias: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
+    own = linear(x, weight, bias)
+    kept = own[..., own.shape[-1] - past :]
+    return own, kept.clone(memory_format=torch.contiguous_format)  # what an operator returns must be its own
 
 
-@_with_input_gradient.register_fake
-def _(projected: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(projected)
+@_project_twice.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], past))
 
 
-def _setup_input_gradient(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
-    ctx.dtype = inputs[1].dtype
+def _setup_twice(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.has_bias = inputs[2] is not None
 
 
-def _input_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-    (weight,) = ctx.saved_tensors
-    return gradient, linear(gradient, weight.t().to(gradient.dtype)).to(ctx.dtype), None
+def _twice_autograd(ctx: Any, own: Tensor, past: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    dx = linear(own, weight.t()) if ctx.needs_input_grad[0] else None
+    both = own.clone()
+    both[..., own.shape[-1] - past.shape[-1] :] += past
+    both = both.flatten(0, -2)
+    return dx, linear(both.t(), x.flatten(0, -2).t()), both.sum(0) if ctx.has_bias else None, None
 
 
-_with_input_gradient.register_autograd(_input_gradient, setup_context=_setup_input_gradient)
+_project_twice.register_autograd(_twice_autograd, setup_context=_setup_twice)
+flop_formulas.register(
+    torch.ops.zoo.project_twice, lambda x, weight, *_, **__: linear_flops(x[:-1].numel(), weight[1], weight[0])
+)
 
 
-def with_input_gradient(projected: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """A projection of x.detach() that gives x its gradient after all.
-
-    So one product serves two uses: what is used as memory teaches the weights, and what is used here and now the input
-    as well. No gradient of gradients.
+def project_twice(x: Tensor, weight: Tensor, bias: Tensor | None, past: int) -> tuple[Tensor, Tensor]:
+    """One projection for two uses: here and now, and as memory, which teaches the weights and not the input.
 
     Args:
-        projected: x.detach() weight^T, with a bias or without, (..., N).
         x: (..., D).
         weight: (N, D).
+        bias: (N,).
+        past: How many outputs, the last ones, a memory keeps: P.
 
     Returns:
-        (..., N).
+        x weight^T + bias, (..., N), with gradients to all three; and its last P outputs, (..., P), without one to x.
     """
-    return torch.ops.zoo.with_input_gradient(projected, x, weight) if torch.is_grad_enabled() else projected
+    if torch.is_autocast_enabled(x.device.type):  # which does not know the operator
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return torch.ops.zoo.project_twice(x, weight, bias, past)
