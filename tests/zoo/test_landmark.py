@@ -134,9 +134,10 @@ def test_pieces_do_not_matter(settings: dict[str, Any]) -> None:
                 torch.testing.assert_close(whole[row, ids[row] == n], alone, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("scaling", [{}, YARN], ids=["plain", "yarn"])
 @pytest.mark.parametrize("kind", ["head", "token"])
-def test_reading_all_blocks_is_full_attention(kind: str) -> None:
-    model, tokens = make(torch.float32), tokens_of(2, 50)
+def test_reading_all_blocks_is_full_attention(kind: str, scaling: dict[str, Any]) -> None:
+    model, tokens = make(torch.float32, rope_scaling=scaling), tokens_of(2, 50)
     with torch.no_grad():
         full = model(tokens).logits
         zoo.set_cache(model, "landmark", top_k=12, retrieval=kind)

@@ -18,7 +18,7 @@ from zoo.kernels import landmark_attention, landmark_attention_flops
 from zoo.kernels.errors import DataError
 from zoo.layers.attention import FARTHEST, Attention, AttentionConfig
 from zoo.layers.landmark_memory import LandmarkState, as_slots, grown, remaining
-from zoo.layers.landmark_retrieval import Blocks, Retrieval, retrieve
+from zoo.layers.landmark_retrieval import Blocks, Retrieval, moved, retrieve
 from zoo.layers.landmark_tokens import LandmarkTokens, Slots, slots_of, take
 from zoo.mixer import Wrapper
 from zoo.registry import register
@@ -84,6 +84,8 @@ class Landmark(Attention):
             q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
             y = self._see_all(q, k, v, slots, 0, shows)
             return self.out_proj(y.flatten(2)), None
+        size = self.block_size + 1
+        qk = self._rotated(qk, slots.places % size)  # blocks may be read at other places than where they stood
         q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
         held = self.init_state(x.shape[0], device=x.device, dtype=k.dtype) if state is None else state
         after = grown(held, k, v, slots, blocks=not self.local)
@@ -91,8 +93,10 @@ class Landmark(Attention):
             y = self._read_few(q, after, slots, shows)
         else:
             old_k, old_v, places = as_slots(held, slots)
-            seen = torch.cat((self._rotated(old_k, places), self._rotated(k, slots.places)), dim=1)
-            q = self._rotated(q, slots.places)
+            seen = torch.cat((old_k, k), dim=1)
+            places = torch.cat((places, slots.places), dim=1)
+            seen = moved(seen, places // size * size, self.rotary)
+            q = moved(q, slots.places // size * size, self.rotary)
             y = self._see_all(q, seen, torch.cat((old_v, v), dim=1), slots, old_k.shape[1], shows)
         return self.out_proj(y.flatten(2)), None if state is None else remaining(after, slots)
 
@@ -140,13 +144,10 @@ class Landmark(Attention):
         """Attends to the own block, and to those that are chosen from a state that has grown."""
         size = self.block_size + 1
         places, offsets = slots.places.clamp(min=0), slots.places.clamp(min=0) % size
-        begins_at = state.last_k.shape[1] - places.shape[1]  # the tokens of the block that was not whole
-        own = slots.queries(begins_at)[0]
-        last = torch.arange(-begins_at, 0, device=q.device) + offsets[:, :1]  # (B, R)
-        k = self._rotated(state.last_k, torch.cat((last, offsets), dim=1))
+        own = slots.queries(state.last_k.shape[1] - places.shape[1])[0]  # behind the tokens of the block that went on
         y, lse = landmark_attention(
-            self._rotated(q, offsets),
-            k,
+            q,
+            state.last_k,
             state.last_v,
             own,
             (own - offsets).clamp(min=0),
@@ -158,7 +159,7 @@ class Landmark(Attention):
         chosen = torch.full((*q.shape[:3], 0), -1, device=q.device)
         if state.k.shape[1] and self.policy is not None:
             before = state.k.shape[1] - slots.marks.sum(1).max() + slots.marks.cumsum(1) - slots.marks.long()
-            blocks = Blocks(*state[:3], before, places // size, offsets)
+            blocks = Blocks(*state[:3], before, places // size)
             drawn, other, chosen = retrieve(q, blocks, self.policy, self.rotary, self.head_dim**-0.5)
             share = torch.sigmoid((other - lse).nan_to_num(-torch.inf))[..., None]  # (B, S, H, 1)
             y = torch.lerp(y, drawn.to(y.dtype), share.to(y.dtype))

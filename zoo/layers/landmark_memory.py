@@ -1,6 +1,7 @@
 """What landmark attention keeps of a text: whole blocks, their landmarks' keys, and the block that is not whole yet.
 
-Keys are kept as they were before their rotation: where a block is read, it stands at another place than it was written.
+Keys are kept rotated by their place in their block alone: where a block is read, it may stand at another place than
+where it was written.
 Rows may be in documents of different lengths. Blocks and the last tokens then stand at the end of their row, behind
 some of an older document or of nothing, and a row's number of them follows from the place of its next token.
 
@@ -39,7 +40,7 @@ def grown(state: LandmarkState, k: Tensor, v: Tensor, slots: Slots, *, blocks: b
 
     Args:
         state: What was kept.
-        k: (B, S, G, K), not rotated.
+        k: (B, S, G, K), rotated by their places in their blocks.
         v: (B, S, G, K).
         slots: What they are.
         blocks: Whether blocks are kept at all.

@@ -58,12 +58,11 @@ class Blocks:
     """The blocks of a call, and who may choose which.
 
     Attributes:
-        landmarks: (B, C, G, K): keys of the landmarks, not rotated.
-        k: (B, C, l, G, K), not rotated, on any device.
-        v: (B, C, l, G, K), likewise.
+        landmarks: (B, C, G, K): keys of the landmarks, rotated by their place in their block.
+        k: (B, C, l, G, K), likewise, on any device.
+        v: (B, C, l, G, K), on that device.
         own: (B, S): the block in which each query stands; where it is not whole yet, C or beyond.
         before: (B, S): how many blocks of its document are before that; they stand right before it.
-        offsets: (B, S): place of the query in its block.
     """
 
     landmarks: Tensor
@@ -71,12 +70,20 @@ class Blocks:
     v: Tensor
     own: Tensor
     before: Tensor
-    offsets: Tensor
 
     def part(self, start: int, stop: int) -> Blocks:
         """For some of the queries."""
-        spans = (x[:, start:stop] for x in (self.own, self.before, self.offsets))
+        spans = (x[:, start:stop] for x in (self.own, self.before))
         return Blocks(self.landmarks, self.k, self.v, *spans)
+
+
+def moved(x: Tensor, distance: Tensor, rotary: Rotary | None) -> Tensor:
+    """Rotates x (B, T, H, K) on by a distance; the factor of a scaling is in what is rotated already."""
+    if rotary is None:
+        return x
+    factor = rotary.angles(torch.zeros(1, dtype=torch.int64), None, torch.float64)[0][0, 0].item()  # cosine of nothing
+    x = rotary(x, distance)
+    return x if factor == 1 else x / factor
 
 
 def retrieve(
@@ -85,7 +92,7 @@ def retrieve(
     """Draws from the blocks that queries choose.
 
     Args:
-        q: (B, S, H, K), not rotated.
+        q: (B, S, H, K), rotated by their places in their blocks.
         blocks: To choose from, C >= 1.
         settings: `top_k` is not None.
         rotary: What rotates.
@@ -121,8 +128,8 @@ class _Part:
         self.skips = (blocks.before > settings.top_k).long()  # (B, T): 1 where there are more blocks than are read
         self.slot = self.few + self.skips  # (B, T): of the query
 
-    def rotated(self, x: Tensor, places: Tensor) -> Tensor:
-        return x if self.rotary is None else self.rotary(x, places)
+    def moved(self, x: Tensor, slots: Tensor) -> Tensor:
+        return moved(x, slots * self.size, self.rotary)
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """See `retrieve`."""
@@ -132,9 +139,8 @@ class _Part:
             scores = scores.log_softmax(-1).amax(2, keepdim=True).expand_as(scores)
         best = scores.topk(self.count, dim=-1)
         n_blocks = scores.shape[-1]
-        chosen = (
-            torch.where(best.values > -torch.inf, best.indices, n_blocks).sort(dim=-1).values
-        )  # (B, T, H, k) by age
+        chosen = torch.where(best.values > -torch.inf, best.indices, n_blocks)
+        chosen = chosen.sort(dim=-1).values  # (B, T, H, k), by age
         there = chosen < n_blocks
         numbers = chosen - (self.blocks.own - self.blocks.before)[..., None, None]  # in the document
         first_near = (self.blocks.before - self.few)[..., None, None]
@@ -147,9 +153,8 @@ class _Part:
         blocks = self.blocks
         landmarks = blocks.landmarks.to(self.dtype)
         n_blocks, device = landmarks.shape[1], landmarks.device
-        q = self.rotated(self.q, self.slot * self.size + blocks.offsets).unflatten(2, (landmarks.shape[2], -1))
-        close = torch.full((1,), self.size - 1, device=device)  # the landmark's place in its block
-        scores = torch.einsum("btguk,bcgk->btguc", q, self.rotated(landmarks, close)).flatten(2, 3)
+        q = self.moved(self.q, self.slot).unflatten(2, (landmarks.shape[2], -1))
+        scores = torch.einsum("btguk,bcgk->btguc", q, landmarks).flatten(2, 3)
 
         # The last min(n, k) blocks stand elsewhere.
         near = torch.arange(self.count, device=device)
@@ -157,8 +162,8 @@ class _Part:
         index = torch.where(near < self.few[..., None], index, n_blocks)  # one column too many takes what is not there
         rows = torch.arange(len(q), device=device)[:, None, None]
         own = landmarks[rows, index.clamp(max=n_blocks - 1)]  # (B, T, k, G, K)
-        places = (near + self.skips[..., None]) * self.size + self.size - 1  # (B, T, k)
-        own = self.rotated(own.flatten(1, 2), places.flatten(1, 2)).view_as(own)
+        slots = near + self.skips[..., None]  # (B, T, k)
+        own = self.moved(own.flatten(1, 2), slots.flatten(1, 2)).view_as(own)
         near_scores = torch.einsum("btguk,btjgk->btguj", q, own).flatten(2, 3)
         scores = torch.cat((scores, scores[..., :1]), -1)
         scores = scores.scatter(3, index[:, :, None].expand_as(near_scores), near_scores)[..., :-1]
@@ -176,21 +181,15 @@ class _Part:
         heads = (torch.arange(chosen.shape[2], device=device) // n_shared)[:, None]
         landmarks = blocks.landmarks[rows, chosen, heads].to(self.dtype)  # (B, T, H, k, K)
         held = blocks.k.device
-        at = (rows.to(held), chosen.to(held))
-        k, v = (
-            x[at[0], at[1], :, heads.to(held)].to(device, self.dtype) for x in (blocks.k, blocks.v)
-        )  # (..., k, l, K)
-        # Keys are rotated by their places in the block, and queries for each block by how far they stand behind it.
-        k = torch.cat((k, landmarks[..., None, :]), -2)  # (B, T, H, k, N, K)
-        k = self.rotated(k.flatten(0, 3)[:, :, None], torch.arange(self.size, device=device))[:, :, 0].view_as(k)
-        away = (self.slot[..., None, None] - slots) * self.size + blocks.offsets[..., None, None]
+        at = (rows.to(held), chosen.to(held), slice(None), heads.to(held))
+        k, v = (x[at].to(device, self.dtype) for x in (blocks.k, blocks.v))  # (B, T, H, k, l, K)
+        # Not the keys, of which there are many, but the queries are moved, by as far as they stand behind each block.
         q = self.q[..., None, :].expand(*chosen.shape, -1)
-        q = self.rotated(q.flatten(2, 3), away.flatten(2, 3)).view(q.shape)
-        logits = torch.einsum("bthjk,bthjnk->bthjn", q, k) * self.scale
-        outer = logits[..., -1].masked_fill(~there, -torch.inf)  # (B, T, H, k)
+        away = self.slot[..., None, None] - slots
+        q = self.moved(q.flatten(2, 3), away.flatten(2, 3)).view(q.shape)
+        outer = (q * landmarks).sum(-1) * self.scale
+        outer = outer.masked_fill(~there, -torch.inf)  # (B, T, H, k)
         lse = outer.logsumexp(-1)
-        weights = (
-            logits[..., :-1].softmax(-1)
-            * (outer - lse.clamp(min=torch.finfo(self.dtype).min)[..., None]).exp()[..., None]
-        )
-        return torch.einsum("bthjn,bthjnk->bthk", weights, v), lse
+        inner = (torch.einsum("bthjk,bthjnk->bthjn", q, k) * self.scale).softmax(-1)
+        weights = (outer - lse.clamp(min=torch.finfo(self.dtype).min)[..., None]).exp()
+        return torch.einsum("bthjn,bthjnk->bthk", inner * weights[..., None], v), lse
