@@ -63,7 +63,7 @@ def _series(axes: Axes, rows: Sequence[dict[str, Any]], quantity: str, number: i
 
 
 def _frame(axes: Axes, lengths: Sequence[int]) -> None:
-    if not any(line.get_path().vertices.size for line in axes.lines):
+    if not any(len(line.get_path()) for line in axes.lines):
         axes.set(xticks=[], yticks=[])
         axes.text(0.5, 0.5, "nothing could be measured", transform=axes.transAxes, ha="center", fontsize=9)
         return

@@ -83,7 +83,7 @@ def _backward(
     inputs = q, p, k, v, memory_k, memory_v, r
     segments = Segments(starts, lengths, counts)
     gradients = backends.load("relative_attention", backend).backward(*inputs, segments, scale, y, lse, dy)
-    return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, inputs, strict=True))  # type: ignore[return-value]
+    return tuple(gradient.to(x.dtype).contiguous() for gradient, x in zip(gradients, inputs, strict=True))
 
 
 @_backward.register_fake

@@ -104,7 +104,7 @@ class Compressive(TransformerXL):
     @property
     def reach(self) -> int:
         """The most slots that a query sees, itself included."""
-        return super().reach + self.n_compressed
+        return self.memory + self.segment + self.n_compressed  # not through super(), which torch.compile cannot follow
 
     def forward(
         self,

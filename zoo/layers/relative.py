@@ -37,6 +37,7 @@ def _(weight: Tensor, count: int) -> Tensor:
     return weight.new_empty(count, weight.shape[0])
 
 
+# An operator too, because a compiler traces what stands outside of one, and cannot trace a tensor out of a cache.
 @torch.library.custom_op("zoo::relative_positions_backward", mutates_args=())
 def _positions_gradient(gradient: Tensor, width: int) -> Tensor:
     positions = sinusoids(gradient.shape[0], width, device=gradient.device, dtype=gradient.dtype)
@@ -52,21 +53,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None
     ctx.width = inputs[0].shape[1]
 
 
-# An operator too, because a compiler traces what stands outside of one, and cannot trace a tensor out of a cache.
-@torch.library.custom_op("zoo::relative_positions_backward", mutates_args=())
-def _relative_positions_backward(gradient: Tensor, width: int) -> Tensor:
-    positions = sinusoids(gradient.shape[0], width, device=gradient.device, dtype=gradient.dtype)
-    return linear(gradient.t(), positions.t())
-
-
-@_relative_positions_backward.register_fake
-def _(gradient: Tensor, width: int) -> Tensor:
-    return gradient.new_empty((gradient.shape[1], width))
-
-
 def _autograd(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-    (weight,) = ctx.saved_tensors
-    return torch.ops.zoo.relative_positions_backward(gradient, weight.shape[1]).to(weight.dtype), None
+    return torch.ops.zoo.relative_positions_backward(gradient, ctx.width), None
 
 
 _relative_positions.register_autograd(_autograd, setup_context=_setup_context)
