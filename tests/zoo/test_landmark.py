@@ -117,9 +117,18 @@ def test_rotation_of_the_definition_is_that_of_the_model() -> None:
     torch.testing.assert_close(rotate(x, cos[:, None], sin[:, None]), expected)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"top_k": 2}, {"top_k": 3, "retrieval": "token"}, {"top_k": 1, "rotary": False}]
-)
+YARN = {"type": "yarn", "factor": 4.0, "original_length": 16}  # raises what it rotates, once
+PIECES: list[dict[str, Any]] = [
+    {},
+    {"rope_scaling": YARN},
+    {"top_k": 2},
+    {"top_k": 3, "retrieval": "token"},
+    {"top_k": 1, "rotary": False},
+    {"top_k": 2, "local_layers": 1},
+]
+
+
+@pytest.mark.parametrize("settings", PIECES)
 def test_pieces_do_not_matter(settings: dict[str, Any]) -> None:
     model, tokens = make(**settings), tokens_of(2, 50)
     ids = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(n)) for n in ([20, 1, 29], [7, 40, 3])])
