@@ -128,9 +128,7 @@ def test_without_the_norm_after_the_embedding(tmp_path) -> None:
     kept = {name: tensor for name, tensor in weights.items() if "pre_ln" not in name}
     assert len(kept) == len(weights) - 2
     save_file(kept, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"missing \['rwkv.blocks.0.pre_ln.bias', 'rwkv.blocks"
-    ):
+    with pytest.raises(CheckpointError, match=r"missing \['rwkv.blocks.0.pre_ln.bias', 'rwkv.blocks"):
         zoo.load_pretrained(tmp_path)
     torch.save(as_its_author(kept), tmp_path / "RWKV-4.pth")
     assert not zoo.load_pretrained(tmp_path / "RWKV-4.pth").config.embedding_norm

@@ -155,8 +155,9 @@ class TransformerXL(Mixer):
         if "diagnostics" in shared:
             shared["diagnostics"][f"memory_mass/{self.layer}"] = self._mass(inputs, segments, lse)
         if few:
-            y = torch.einsum("bnqhd,hkd->bnqhk", y, self._heads_of(2)[0])
-            y = y if self.qkv_proj.bias is None else y + self._heads_of(2)[1]
+            value, bias = self._heads_of(2)
+            y = torch.einsum("bnqhd,hkd->bnqhk", y, value)
+            y = y if bias is None else y + bias
         y = self.out_proj(tiles.joined(y.flatten(3), x.shape[1]))
         return y, None if state is None or begins is None else self._next_state(x, state, begins, tiles, past)
 
@@ -216,9 +217,9 @@ class TransformerXL(Mixer):
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         own, past_kv = project_twice(x, weight, bias, 2 * self.d_model)
         q, k, v = tiles.split(own).unflatten(-1, (3, self.n_heads, -1)).unbind(3)  # (B, N, Q, H, K)
-        weight, bias = weight[self.d_model :], None if bias is None else bias[self.d_model :]
+        kept_weight, kept_bias = weight[self.d_model :], None if bias is None else bias[self.d_model :]
         parts = [
-            past_kv if slots is x else linear(slots if taught else slots.detach(), weight, bias)
+            past_kv if slots is x else linear(slots if taught else slots.detach(), kept_weight, kept_bias)
             for slots, taught in self._memory(x, state, past)
         ]
         memory = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (B, M, 2 D)
@@ -279,7 +280,9 @@ class TransformerXL(Mixer):
         return torch.stack((1 - shares[0], shares[0] - shares[1], shares[1]), dim=-1)
 
     def _call(self, inputs: tuple[Tensor, ...], segments: Segments) -> tuple[Tensor, Tensor]:
-        return relative_attention(*inputs, segments, scale=self.head_dim**-0.5, backend=self.backend)
+        q, p, k, v, memory_k, memory_v, r = inputs
+        scale = self.head_dim**-0.5
+        return relative_attention(q, p, k, v, memory_k, memory_v, r, segments, scale=scale, backend=self.backend)
 
     def _next_state(self, x: Tensor, state: Any, begins: Tensor, tiles: Tiles, past: Past | None) -> Any:
         return TransformerXLState(self._recent(x, state), x.shape[1] - begins[:, -1])
