@@ -19,6 +19,7 @@ from zoo.kernels.relative_attention.numba_tiles import (
     add_by_distance,
     add_by_slot,
     column_of,
+    distances_of,
     fill_rows,
     fours,
     hide,
@@ -55,7 +56,8 @@ def adjoin(
     q_rows, p_rows, dy_rows, lse, delta = own
     fill_rows(scores, height, n + height - 1, lse)
     fill_rows(grads, height, n + height - 1, delta)
-    add_by_distance(scores, height, n, p_rows, r_columns, column, r_row, width)
+    n_distances = distances_of(height, n, distance)
+    add_by_distance(scores, height, n_distances, p_rows, r_columns, column, r_row, width)
     add_by_slot(scores, height, n, q_rows, panels, width)
     add_by_slot(grads, height, n, dy_rows, v_panels, width)
     hide(scores, height, n, distance, scores.dtype.type(-np.inf))
@@ -71,8 +73,8 @@ def adjoin(
             dk, d_at + j * d_row, d_row, fours(depth), width, grads, origin + j, 1, skew, q_rows, 0, width, count
         )
         add_product(dq, 0, width, height, width, grads, origin + j, skew, 1, k, k_at + j * k_row, k_row, depth)
-    for j in range(0, n + height - 1, PANEL):
-        depth = min(PANEL, n + height - 1 - j)
+    for j in range(0, n_distances, PANEL):
+        depth = min(PANEL, n_distances - j)
         add_product(dr, dr_at + j * d_row, d_row, fours(depth), width, grads, j, 1, ROW, p_rows, 0, width, count)
         add_product(dp, 0, width, height, width, grads, j, ROW, 1, r_rows, r_at + j * width, width, depth)
 

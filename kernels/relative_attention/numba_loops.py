@@ -18,6 +18,7 @@ from zoo.kernels.relative_attention.numba_tiles import (
     add_by_distance,
     add_by_slot,
     column_of,
+    distances_of,
     fill_rows,
     fours,
     hide,
@@ -108,7 +109,7 @@ def forward(
                 break
             fill_rows(scores, height, n + height - 1, nothing)
             at = group * width * r_row + column_of(distance + height - 1, n_distances)
-            add_by_distance(scores, height, n, p_rows, r_columns, at, r_row, width)
+            add_by_distance(scores, height, distances_of(height, n, distance), p_rows, r_columns, at, r_row, width)
             if run < n_runs:
                 slot += starts[line * n_runs + run]
                 transpose_panels(

@@ -71,11 +71,17 @@ def add_by_slot(scores, height, n, rows, panels, width):
         )
 
 
+@inlined
+def distances_of(height, n, distance):
+    """How many distances a block's rows have to a chunk's slots: none below 0 is seen."""
+    return min(n + height - 1, distance + height)
+
+
 @jit
 def add_by_distance(scores, height, n, rows, r_columns, at, r_row, width):
-    """Adds the products of a block's rows and the distances from column `at` on."""
-    for first in range(0, n + height - 1, PANEL):
-        columns = whole(min(PANEL, n + height - 1 - first))
+    """Adds the products of a block's rows and `n` distances, from column `at` on."""
+    for first in range(0, n, PANEL):
+        columns = whole(min(PANEL, n - first))
         add_product(scores, first, ROW, height, columns, rows, 0, width, 1, r_columns, at + first, r_row, width)
 
 
