@@ -256,9 +256,10 @@ class _OnPaper(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _build(architecture: str, settings: dict[str, Any], where: str | Path, found: Weights) -> Model:
+def _build(architecture: str, settings: dict[str, Any], where: str | Path, found: Weights | None = None) -> Model:
     """A model without memory for its matrices."""
-    bound(settings, where, found)
+    if found is not None:
+        bound(settings, where, found)
     try:
         try:
             with torch.random.fork_rng(devices=[]), _OnPaper():

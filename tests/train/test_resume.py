@@ -212,7 +212,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(where, toy, train, tmp_path, 
         elif where == "metrics":
             toy.at_step = lambda mixer, call: call == 7 and patch.setattr("csv.DictWriter.writerow", full)
         else:
-            patch.setattr("zoo.checkpoint.save_file", full)
+            patch.setattr("zoo.pretrained.weights.save_file", full)
         patch.setattr(RunFolder, "write_summary", full)
         with pytest.raises(RunError, match=r"^the disk is full after step \d \(.*/x\): make room, .*resume=true$"):
             train(tmp_path, *words)

@@ -271,7 +271,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.touch()
     mode = part.stat().st_mode
-    save_file(tensors, part, metadata={"format": "pt"})
+    try:
+        save_file(tensors, part, metadata={"format": "pt"})
+    except Exception:
+        part.unlink(missing_ok=True)  # half a file would keep a full disk full
+        raise
     part.chmod(mode)  # what the library makes is its owner's alone, whatever the umask
     os.replace(part, path)
 
