@@ -65,9 +65,8 @@ def sights(settings: MasksConfig, words: Sequence[str]) -> list[Sight]:
     if isinstance(settings.layer, int) and not 0 <= settings.layer < config.n_layers:
         settings.fail("layer", f"expected 0 to n_layers - 1 = {config.n_layers - 1}, or all")
     attending = [i for i in range(config.n_layers) if attention_of(arch, config, i) is not None]
-    if not attending:
-        known = [name for name in list_models() if issubclass(architecture(name).mixer, Attention)]
-        raise ConfigError(f"{arch.name} has no attention and so no mask: draw one of {', '.join(known)}")
+    if not attending or arch.mixer.make_wrapper(config) is not None:
+        raise ConfigError(f"{arch.name} has no mask over its tokens: draw one of {', '.join(_masked())}")
     chosen = attending if settings.layer == "all" else [attending[0] if settings.layer is None else settings.layer]
     found = []
     for layer in chosen:
@@ -76,6 +75,16 @@ def sights(settings: MasksConfig, words: Sequence[str]) -> list[Sight]:
             settings.fail("layer", f"expected one that attends: {', '.join(map(str, attending))}, or all")
         found.append(sight)
     return found
+
+
+def _masked() -> list[str]:
+    """Architectures whose layers attend to the tokens themselves, and not to others that were inserted."""
+    found = (architecture(name) for name in list_models())
+    return [
+        arch.name
+        for arch in found
+        if issubclass(arch.mixer, Attention) and arch.mixer.make_wrapper(arch.config(vocab_size=1)) is None
+    ]
 
 
 def _irrelevant(words: Sequence[str]) -> list[str]:

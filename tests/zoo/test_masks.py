@@ -144,10 +144,8 @@ def test_other_formats(suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     [
         ([], "needs arch"),
         (["arch=longformr"], "did you mean 'longformer'"),
-        (
-            ["arch=mamba"],
-            "mamba has no attention and so no mask: draw one of bigbird, landmark, longformer, transformer",
-        ),
+        (["arch=mamba"], "mamba has no mask over its tokens: draw one of bigbird, longformer, transformer"),
+        (["arch=landmark"], "landmark has no mask over its tokens: draw one of bigbird, longformer, transformer"),
         (["arch=longformer", "windw=3"], "did you mean 'window'"),
         (["arch=longformer", "window=0"], "window=0 is not valid: expected at least 1"),
         (["arch=longformer", "layer=2"], "layer=2 is not valid: expected 0 to n_layers - 1 = 1, or all"),
