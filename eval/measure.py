@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +33,19 @@ def machine_info(device: torch.device = CPU) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
         "git_commit": git_commit(),
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """What was typed, such that it can be typed elsewhere: modules by their names, not by their places here."""
+    program, *words = sys.argv
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if program.startswith("zoo "):  # a verb of `zoo.cli`
+        program = f"-m {program}"
+    elif module is not None:
+        program = f"-m {module.name.removesuffix('.__main__')}"
+    return " ".join(["python", program, shlex.join(words)]).strip()
 
 
 def _total_memory() -> int | None:

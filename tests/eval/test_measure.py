@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -31,6 +33,27 @@ def test_machine_info_can_be_written_and_names_the_hardware() -> None:
     assert info["threads"] == torch.get_num_threads()
     assert info["device"].startswith("cpu: ")
     assert {"cores", "memory_bytes", "platform", "command", "git_commit", "instructions"} <= info.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "module", "command"),
+    [
+        (["/home/me/zoo/compare.py", "arch=mamba"], "zoo.compare", "python -m zoo.compare arch=mamba"),
+        (
+            ["/zoo/eval/__main__.py", "model=my runs/a"],
+            "zoo.eval.__main__",
+            "python -m zoo.eval 'model=my runs/a'",
+        ),
+        (["zoo compare", "seeds=3"], "zoo.__main__", "python -m zoo compare seeds=3"),
+        (["benchmarks/passkey.py"], None, "python benchmarks/passkey.py"),
+    ],
+)
+def test_the_command_can_be_typed_elsewhere(
+    argv: list[str], module: str | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec(module, None) if module else None)
+    assert machine_info()["command"] == command
 
 
 def test_median_time_leaves_the_warm_up_out() -> None:
