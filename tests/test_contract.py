@@ -37,6 +37,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "bigbird",
         {"block_size": 3, "n_window_blocks": 1, "n_random_blocks": 1, "n_global_blocks": 2},
     ),
+    "landmark, local first": ("landmark", {"block_size": 5, "local_layers": 1, "n_kv_heads": 2}),
     "transformer_xl, small segments": ("transformer_xl", {"segment": 8, "memory": 13}),
     "compressive, convolution": (
         "compressive",
