@@ -1,4 +1,4 @@
-"""What models cost against length, measured, and where one overtakes another: the command is `bench_command`."""
+"""What models cost against length, measured, and where one overtakes another: the command stands in `command`."""
 
 from __future__ import annotations
 
