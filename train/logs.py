@@ -83,6 +83,14 @@ def _step(row: dict[str, Any]) -> int:
         return 0
 
 
+def _losses(train: dict[str, float]) -> str:
+    """What the labels cost, which validation is to be compared with, and the auxiliary losses beside it."""
+    terms = {name: value for name, value in train.items() if name not in ("loss", "grad_norm", "lr", "cross_entropy")}
+    return "  ".join(
+        f"{name} {value:.4f}" for name, value in {"loss": train.get("cross_entropy", train["loss"]), **terms}.items()
+    )
+
+
 class RunLog(L.Callback):
     """Sends metrics to the loggers, and tells the person: a live line on a terminal, a line per validation in any case.
 
@@ -125,8 +133,7 @@ class RunLog(L.Callback):
         train = module.results["train"]
         self._log(trainer, {f"train/{name}": value for name, value in train.items()})
         if self._progress is not None:
-            text = f"loss {train['loss']:.4f}"
-            self._progress.update(self._progress.task_ids[0], completed=step, description=text)
+            self._progress.update(self._progress.task_ids[0], completed=step, description=_losses(train))
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Logs and prints the validation of a training step."""
@@ -164,7 +171,7 @@ class RunLog(L.Callback):
         val = results["val"]
         parts = [f"step {step:>{len(str(self.max_steps))}}/{self.max_steps}"]
         if "train" in results:
-            parts.append(f"loss {results['train']['loss']:.4f}")
+            parts.append(_losses(results["train"]))
         name = "bits_per_byte" if "bits_per_byte" in val else "acc"
         parts.append(f"val loss {val.get('loss', math.nan):.4f}  val {name} {val.get(name, math.nan):.4f}")
         if speed is not None:

@@ -34,6 +34,15 @@ class _MicroBatch(NamedTuple):
     losses: dict[str, Tensor]
 
 
+def _taught_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters with a gradient: first what the labels teach, then, if any, what auxiliary losses alone do."""
+    groups: list[list[nn.Parameter]] = [[], []]
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            groups[getattr(parameter, "_taught_apart", False)].append(parameter)
+    return groups if groups[1] else groups[:1]
+
+
 class SequenceModule(L.LightningModule):
     """Cross-entropy on the labelled positions plus the model's auxiliary losses.
 
@@ -125,30 +134,35 @@ class SequenceModule(L.LightningModule):
     ) -> None:
         """Clips the gradient, notes losses and norm, and refuses the step if one of them is not finite.
 
+        What auxiliary losses alone teach (`zoo.mixer.taught_apart`) is clipped by a norm of its own; the one of the
+        rest is noted.
+
         This is the only point of a step where the host waits for the device.
 
         Raises:
             NonFiniteError: The loss of a micro-batch, or the gradient, is not finite. Under fp16 the gradient scaler
                 skips steps with a non-finite gradient, so only the loss counts there.
         """
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        groups = _taught_together(self.model)
+        norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
         pending, self._pending = self._pending, []
         names = list(pending[0].losses)
         rows = [torch.stack([each.losses[name].double() for name in names]) for each in pending]
-        numbers = torch.cat([torch.stack(rows), norm.double().expand(len(rows), 1)], dim=1).tolist()
+        numbers = torch.cat([torch.stack(rows), torch.stack(norms).double().expand(len(rows), -1)], dim=1).tolist()
         for each, row in zip(pending, numbers, strict=True):
-            if not np.isfinite(row[:-1]).all():
+            if not np.isfinite(row[: len(names)]).all():
                 culprit = next(name for name, loss in zip(names, row, strict=False) if not np.isfinite(loss))
                 raise NonFiniteError(self.global_step + 1, culprit, self._first_nonfinite_layer(each))
-        if not np.isfinite(numbers[0][-1]) and not self._gradients_are_scaled:
+        if not np.isfinite(numbers[0][len(names) :]).all() and not self._gradients_are_scaled:
             raise NonFiniteError(self.global_step + 1, "gradient", f"parameter {first_nonfinite_gradient(self.model)}")
         if self.optim.clip is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.optim.clip, norm)
+            for group, norm in zip(groups, norms, strict=True):
+                nn.utils.clip_grads_with_norm_(group, self.optim.clip, norm)
         means = np.mean(numbers, axis=0).tolist()
-        self.results["train"] = {"loss": sum(means[:-1]), "grad_norm": means[-1], "lr": optimizer.param_groups[0]["lr"]}
+        losses, lr = dict(zip(names, means, strict=False)), optimizer.param_groups[0]["lr"]
+        self.results["train"] = {"loss": sum(losses.values()), "grad_norm": means[len(names)], "lr": lr}
         if len(names) > 1:
-            self.results["train"] |= dict(zip(names, means, strict=False))
+            self.results["train"] |= losses
 
     def incoming(self, split: str, batch: Batch) -> ModelState | None:
         """The state that a batch goes on from; None where each batch stands for itself."""

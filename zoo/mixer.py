@@ -162,3 +162,12 @@ def scale_learning_rate(factor: float, *parameters: nn.Parameter) -> None:
     """Marks parameters that learn at `factor` times the learning rate; the optimiser groups honour the mark."""
     for parameter in parameters:
         parameter._learning_rate_scale = factor  # type: ignore[attr-defined]
+
+
+def taught_apart(*parameters: nn.Parameter) -> None:
+    """Marks parameters that auxiliary losses alone teach: the trainer clips their gradient by a norm of its own.
+
+    In one norm with the others, the size of an auxiliary loss would change what the rest of the model learns.
+    """
+    for parameter in parameters:
+        parameter._taught_apart = True  # type: ignore[attr-defined]

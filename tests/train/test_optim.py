@@ -8,6 +8,7 @@ import torch
 import zoo
 from zoo.kernels.errors import ConfigError
 from zoo.mixer import scale_learning_rate
+from zoo.train.module import SequenceModule
 from zoo.train.optim import OptimConfig, build_optimizer, learning_rate_factor, parameter_groups
 
 
@@ -133,3 +134,25 @@ def test_the_optimiser_uses_the_settings():
     scheduler.step()
     assert not torch.equal(before, model.norm.weight)
     assert group["lr"] == pytest.approx(0.5 * learning_rate_factor(1, config, 10))
+
+
+def test_an_auxiliary_loss_changes_no_gradient_of_what_it_does_not_teach():
+    """Not through the norm that the gradient is clipped by either."""
+    tokens, found = torch.randint(11, (2, 24)), {}
+    common = {"vocab_size": 11, "d_model": 16, "n_layers": 2, "segment": 4, "memory": 4, "compressed_memory": 4}
+    weights = zoo.create_model("compressive", **common, loss="autoencoding").state_dict()
+    for loss in ("none", "autoencoding"):
+        model = zoo.create_model("compressive", **common, loss=loss)
+        model.load_state_dict(weights, strict=loss != "none")
+        module = SequenceModule(model, OptimConfig(lr=1e-3, clip=0.1), max_steps=1, seed=0)
+        optimizer = build_optimizer(model, module.optim, 1, fused=False)[0]
+        module.training_step({"inputs": tokens, "targets": tokens.roll(-1, 1)}, 0).backward()
+        module.configure_gradient_clipping(optimizer)
+        found[loss] = {name: p.grad for name, p in model.named_parameters()}
+        told = module.results["train"]
+        assert told["grad_norm"] > 0.1, "nothing was clipped"
+    assert told["loss"] == told["cross_entropy"] + told["autoencoding"]
+    assert all(torch.equal(gradient, found["autoencoding"][name]) for name, gradient in found["none"].items())
+    apart = [found["autoencoding"][name] for name in found["autoencoding"].keys() - found["none"].keys()]
+    assert len(apart) == 2
+    assert torch.nn.utils.get_total_norm(apart).item() == pytest.approx(0.1, rel=1e-3)

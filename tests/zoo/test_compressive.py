@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import zoo
+from zoo.architectures import compressive
 from zoo.architectures.compressive import Compressive, CompressiveConfig
 from zoo.architectures.transformer_xl import TransformerXL, TransformerXLConfig
 from zoo.flops import count_flops
+from zoo.kernels import sparse_attention
 from zoo.kernels.errors import ConfigError
 
 D, H = 12, 3
@@ -247,6 +249,21 @@ def test_who_learns_from_what(kind: str, loss: str) -> None:
     assert len(compression) == 2 * ((1 if kind == "conv" else 4) + (loss == "autoencoding"))
     assert taught(out.losses[loss]) == compression
     assert taught(out.logits.logsumexp(-1).sum()) == everything - compression
+
+
+def test_the_loss_is_computed_by_the_backend_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def spy(*args: Any, backend: str | None = None) -> Tensor:
+        asked.append(backend)
+        return sparse_attention(*args, backend=backend)
+
+    monkeypatch.setattr(compressive, "sparse_attention", spy)
+    model = zoo.create_model(
+        "compressive", vocab_size=7, d_model=8, n_layers=1, segment=4, memory=4, compression="conv", backend="reference"
+    )
+    assert model(torch.randint(7, (1, 12))).losses["reconstruction"] > 0
+    assert asked == ["reference", "reference"]
 
 
 @pytest.mark.parametrize("kind", ["max", "mean", "most_used"])

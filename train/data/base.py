@@ -107,8 +107,12 @@ class Source(ABC, Generic[ConfigT]):
         return None
 
     def answer_positions(self, batch: Batch) -> Tensor | None:
-        """Where in its row the fact stands that the labels of a batch ask for, (B,) int64; None: nobody knows."""
-        return cast("Tensor | None", batch["slices"].get("position"))
+        """For each label where in its row the answer stands, (B, L) int64, -1 elsewhere; None: nobody knows."""
+        answers = batch["slices"].get(ANSWERS)
+        if answers is None:
+            return None
+        labels = batch["targets"] != IGNORE
+        return torch.where(labels, answers.gather(1, (labels.cumsum(1) - 1).clamp(min=0)), -1)
 
     def facts(self) -> dict[str, Any]:
         """What identifies the data, for a run's summary: plain strings and numbers."""

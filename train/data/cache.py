@@ -29,7 +29,7 @@ def build(
 
     Args:
         rows: a generator function of a module (not a closure).
-        columns: for each column its number type, and its length where it is a list, else None.
+        columns: for each column its number type, and its length where it is a list (-1: any), else None.
         **arguments: of `rows`.
 
     Raises:

@@ -17,7 +17,7 @@ import numpy as np
 from zoo.settings import setting
 from zoo.train.data.base import register_data
 from zoo.train.data.draws import Draws
-from zoo.train.data.stream import IGNORE
+from zoo.train.data.stream import ANSWERS, IGNORE
 from zoo.train.data.synthetic import Examples, Synthetic, SyntheticConfig
 from zoo.train.recipe import Recipe
 
@@ -59,7 +59,7 @@ class DepthCurveConfig(SyntheticConfig):
 
 
 def generate(rows: int, draws: Draws, *, seq_len: int, key_ids: int, value_ids: int, grid: bool) -> Examples:
-    """Rows as the head of this file describes them; slice `place`, 0 to 15, mark `position` of the pair, 0 to P - 1."""
+    """Rows as the head of this file describes them; slice `place` of the pair, 0 to 15, mark `answers`."""
     pairs = seq_len // 2 - 1
     keys = 1 + draws.distinct(key_ids, rows, pairs)
     values = 1 + key_ids + draws.distinct(value_ids, rows, pairs)
@@ -75,7 +75,7 @@ def generate(rows: int, draws: Draws, *, seq_len: int, key_ids: int, value_ids: 
     inputs[:, :-2:2], inputs[:, 1:-2:2], inputs[:, -2], inputs[:, -1] = keys, values, QUERY, asked
     targets = np.full((rows, seq_len), IGNORE)
     targets[:, -1] = values[np.arange(rows), position]
-    return Examples(inputs, targets, {"place": place, "position": position})
+    return Examples(inputs, targets, {"place": place, ANSWERS: 2 * position[:, None] + 1})
 
 
 @register_data("depth_curve", config=DepthCurveConfig)
@@ -83,7 +83,8 @@ class DepthCurve(Synthetic[DepthCurveConfig]):
     """One pair among many, by where it stands; slices `seq_len` and `place`."""
 
     recipe = Recipe(max_steps=4_000, lr=2e-3)
-    marks = ("position",)
+    marks = (ANSWERS,)
+    format = 2
     generate = staticmethod(generate)
 
     def __init__(self, config: DepthCurveConfig) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from zoo.settings import setting
 from zoo.train.data.base import register_data
 from zoo.train.data.draws import DEPTHS, Draws, depth
-from zoo.train.data.stream import IGNORE
+from zoo.train.data.stream import ANSWERS, IGNORE
 from zoo.train.data.synthetic import Examples, Synthetic, SyntheticConfig
 from zoo.train.recipe import Recipe
 
@@ -37,14 +37,14 @@ class InductionConfig(SyntheticConfig):
 
 
 def generate(rows: int, draws: Draws, *, seq_len: int, vocab_size: int) -> Examples:
-    """Rows as the head of this file describes them; slice `depth` of the first trigger, mark `position` of it."""
+    """Rows as the head of this file describes them; slice `depth` of the first trigger, mark `answers`."""
     row = np.arange(rows)
     inputs = 1 + draws.integers(vocab_size - 1, rows, seq_len)
     position = draws.integers(seq_len - 2, rows)
     inputs[row, position] = inputs[:, -1] = TRIGGER
     targets = np.full((rows, seq_len), IGNORE)
     targets[:, -1] = inputs[row, position + 1]
-    return Examples(inputs, targets, {"depth": depth(position, seq_len - 3), "position": position})
+    return Examples(inputs, targets, {"depth": depth(position, seq_len - 3), ANSWERS: position[:, None] + 1})
 
 
 @register_data("induction", config=InductionConfig)
@@ -52,7 +52,8 @@ class Induction(Synthetic[InductionConfig]):
     """Induction heads; slices `seq_len` and `depth`."""
 
     recipe = Recipe(max_steps=2_000, lr=1e-3)
-    marks = ("position",)
+    marks = (ANSWERS,)
+    format = 2
     generate = staticmethod(generate)
 
     def __init__(self, config: InductionConfig) -> None:

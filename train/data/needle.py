@@ -25,7 +25,7 @@ import numpy as np
 from zoo.settings import setting
 from zoo.train.data.base import register_data
 from zoo.train.data.draws import DEPTHS, Draws, depth
-from zoo.train.data.stream import IGNORE
+from zoo.train.data.stream import ANSWERS, IGNORE
 from zoo.train.data.synthetic import Examples, Synthetic, SyntheticConfig, levels_of
 from zoo.train.recipe import Recipe
 
@@ -113,7 +113,7 @@ def generate(
     value_ids: int,
     key_digits: int = 1,
 ) -> Examples:
-    """Rows as the head of this file describes them, slices `depth` and mark `position`: of the first needle asked for.
+    """Rows as the head of this file describes them, slice `depth` of the first needle asked for, mark `answers`.
 
     Keys of several tokens are drawn one token at a time, from so many that no two needles of a row are alike.
     """
@@ -145,8 +145,9 @@ def generate(
     inputs[:, context + 1 :] = np.concatenate([question, answer[:, :-1]], axis=1)
     targets = np.full((rows, seq_len), IGNORE)
     targets[:, -answers:] = answer
-    position = places[row[:, 0], answering[:, 0, 0]]
-    return Examples(inputs, targets, {"depth": depth(position, context - width), "position": position})
+    needle = places[row[..., None], answering]  # (N, Q, R)
+    value = (needle[..., None] + np.arange(1 + key_digits, width)).reshape(rows, answers)
+    return Examples(inputs, targets, {"depth": depth(needle[:, 0, 0], context - width), ANSWERS: value})
 
 
 @register_data("needle", config=NeedleConfig)
@@ -154,7 +155,8 @@ class Needle(Synthetic[NeedleConfig]):
     """Facts in filler, one or some of which are asked for; slices `seq_len`, `depth`, these together, `n_needles`."""
 
     recipe = Recipe(max_steps=2_000, lr=1e-3)
-    marks = ("position",)
+    marks = (ANSWERS,)
+    format = 2
     joint_slices = (("seq_len", "depth"),)
     generate = staticmethod(generate)
 

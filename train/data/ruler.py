@@ -32,7 +32,7 @@ from zoo.train.data import needle
 from zoo.train.data.base import register_data
 from zoo.train.data.draws import DEPTHS, Draws
 from zoo.train.data.needle import FIRST_FILLER, PAD, QUERY, fill
-from zoo.train.data.stream import IGNORE
+from zoo.train.data.stream import ANSWERS, IGNORE
 from zoo.train.data.synthetic import Examples, Synthetic, SyntheticConfig, levels_of
 from zoo.train.recipe import Recipe
 
@@ -122,7 +122,7 @@ def counts(family: str, seq_len: int) -> tuple[list[int], int, int]:
 
 
 def generate(rows: int, draws: Draws, *, family: str, seq_len: int, chains: int) -> Examples:
-    """Rows as the head of this file describes them; retrieval has slice `depth` and mark `position`."""
+    """Rows as the head of this file describes them; retrieval has slice `depth` and mark `answers`."""
     if family in _NEEDLES:
         return needle.generate(rows, draws, seq_len=seq_len, **niah(family, seq_len))
     if family == "vt":
@@ -184,6 +184,7 @@ class Ruler(Synthetic[RulerConfig]):
     """RULER's families in tokens; slice `seq_len`, and `depth` where needles are looked for."""
 
     recipe = Recipe(max_steps=1_500, lr=1e-3)
+    format = 2
     generate = staticmethod(generate)
 
     def __init__(self, config: RulerConfig) -> None:
@@ -191,7 +192,7 @@ class Ruler(Synthetic[RulerConfig]):
         if config.family in _NEEDLES:
             form = niah(config.family, config.seq_len)
             self.slice_values["depth"] = list(range(DEPTHS))
-            self.marks = ("position",)
+            self.marks = (ANSWERS,)
             self.vocab_size = FIRST_FILLER + FILLER_IDS + form["key_ids"] + form["value_ids"]
         else:
             self.vocab_size = FIRST_FILLER + (FILLER_IDS + NAMES + VALUES if config.family == "vt" else WORDS)

@@ -24,6 +24,8 @@ Batch = dict[str, Any]
 IGNORE = -100
 """Target of a position that is neither learnt nor scored."""
 SLICE_PREFIX = "slice_"
+ANSWERS = "answers"
+"""Among the slices, a list per row: for each label, in order, where in the row its answer stands."""
 SEQUENCES = ("inputs", "targets", "segment_ids")
 
 

@@ -3,7 +3,7 @@
 A task is a function that draws rows from a stream, and settings that become its arguments. All else is here: a stream
 for each (task, arguments, split, `data.data_seed`), a split for each row, training at one length and tests at several.
 
-Shape letters: N rows, L tokens per row.
+Shape letters: N rows, L tokens per row, A labels of a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from zoo.settings import setting
 from zoo.train.data.base import SPLITS, DataConfig, Source, get_data
 from zoo.train.data.cache import build, token_types
 from zoo.train.data.draws import Draws
-from zoo.train.data.stream import SLICE_PREFIX
+from zoo.train.data.stream import ANSWERS, SLICE_PREFIX
 
 if TYPE_CHECKING:
     import datasets
@@ -40,7 +40,7 @@ class Examples(NamedTuple):
     targets: np.ndarray
     """(N, L): what the logits at a token must predict, -100 where nothing is asked."""
     slices: Mapping[str, np.ndarray] = {}
-    """By name (N,), those that differ from row to row; the others are arguments of the task."""
+    """By name (N,), those that differ from row to row; the others are arguments of the task. `answers` is (N, A)."""
     valid: np.ndarray | None = None
     """(N,): rows to keep; None: all."""
 
@@ -140,6 +140,7 @@ class Synthetic(Source[C]):
         generate: draws rows, from their number, a `Draws` and the arguments of a table, which are named.
         format: raised whenever `generate` gives other rows for the same arguments.
         marks: what is known of a row beside its slices, as columns of the same kind; metrics are not split by them.
+            `answers` is a list: for each label of a row, in order, where in the row its answer stands.
     """
 
     generate: ClassVar[Callable[..., Examples]]
@@ -176,7 +177,10 @@ class Synthetic(Source[C]):
             build(
                 _rows,
                 {"inputs": (inputs, arguments["seq_len"]), "targets": (targets, arguments["seq_len"])}
-                | {SLICE_PREFIX + name: ("int32", None) for name in (*self.slice_values, *self.marks)},
+                | {
+                    SLICE_PREFIX + name: ("int32", -1 if name == ANSWERS else None)
+                    for name in (*self.slice_values, *self.marks)
+                },
                 task=self.name,
                 split=split,
                 num_examples=num_examples,

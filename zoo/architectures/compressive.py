@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.architectures.transformer_xl import LONGEST, Past, Tiles, TransformerXL, TransformerXLConfig
@@ -22,7 +22,7 @@ from zoo.kernels import Pattern, linear, sparse_attention
 from zoo.layers.compression import COMPRESSIONS, LEARNT, make_compression, most_used
 from zoo.layers.linear import Linear
 from zoo.layers.relative import relative_positions
-from zoo.mixer import add_loss
+from zoo.mixer import add_loss, taught_apart
 from zoo.registry import register
 from zoo.settings import setting
 
@@ -100,6 +100,7 @@ class Compressive(TransformerXL):
         self.decoder = None
         if self.loss == "autoencoding":
             self.decoder = Linear(config.d_model, config.rate * config.d_model, bias=False)
+        taught_apart(*self._learning())
 
     @property
     def reach(self) -> int:
@@ -120,9 +121,13 @@ class Compressive(TransformerXL):
         """
         y, next_state = super().forward(x, state, segment_ids, shared)
         if torch.is_grad_enabled():  # a gradient of zero, or training in parallel would wait for one
-            parts = [part for part in (self.compression, self.decoder) if part is not None]
-            y = y + sum(p.flatten()[:0].sum() for part in parts for p in part.parameters())
+            y = y + sum(p.flatten()[:0].sum() for p in self._learning())
         return y, next_state
+
+    def _learning(self) -> list[nn.Parameter]:
+        """What the auxiliary loss teaches."""
+        parts = [part for part in (self.compression, self.decoder) if part is not None]
+        return [p for part in parts for p in part.parameters()]
 
     def _compress(self, x: Tensor, state: Any, tiles: Tiles, shared: dict[str, Any]) -> Past | None:
         """See `TransformerXL._compress`."""
@@ -223,7 +228,8 @@ class Compressive(TransformerXL):
         """What queries (E, s, H, K) draw by content alone from the slots that are there: (E, s, H, K)."""
         k, v = (self._heads(linear(slots, *self._part(part))) for part in (1, 2))
         first = (~there).sum(1, keepdim=True).expand(queries.shape[:2])
-        return sparse_attention(queries, k, v, Pattern(first, torch.full_like(first, slots.shape[1])))
+        pattern = Pattern(first, torch.full_like(first, slots.shape[1]))
+        return sparse_attention(queries, k, v, pattern, backend=self.backend)
 
     def _part(self, part: int) -> tuple[Tensor, Tensor | None]:
         """The weight, (D, D), and bias of queries, keys or values, to which no gradient goes."""
