@@ -110,18 +110,34 @@ def first_length(low: int, high: int, better: Callable[[int], bool], grid: int =
     return lengths[best]
 
 
-def crossover(bracket: Bracket, from_length: int | None) -> dict[str, Any]:
-    """The entry of bench.json about a bracket; without a length it was not narrowed down."""
+def crossovers(found: Sequence[tuple[Bracket, int | None]]) -> list[dict[str, Any]]:
+    """The entries of bench.json about brackets, each with the length found in it; None: it was not narrowed down.
+
+    Where the order of two models changes back, the first change holds until the second.
+    """
+
+    def undone(bracket: Bracket) -> tuple[Bracket, int | None] | None:
+        what = (bracket.kind, bracket.quantity, bracket.slower, bracket.faster)
+        later = [
+            entry
+            for entry in found
+            if (entry[0].kind, entry[0].quantity, entry[0].faster, entry[0].slower) == what
+            and entry[0].low >= bracket.high
+        ]
+        return min(later, key=lambda entry: entry[0].low, default=None)
+
+    return [_entry(bracket, length, undone(bracket)) for bracket, length in found]
+
+
+def _entry(bracket: Bracket, from_length: int | None, until: tuple[Bracket, int | None] | None) -> dict[str, Any]:
     does, do = _DOES[bracket.kind]
     if bracket.quantity == "time":
         compared = f"{bracket.faster} {does} faster than {bracket.slower}"
     else:
         compared = f"{bracket.faster} needs less memory to {do} than {bracket.slower}"
-    if from_length is None:
-        where = f"from some length between T = {bracket.low:,} and {bracket.high:,} on"
-        note = " (not narrowed down)"
-    else:
-        where, note = f"from T = {from_length:,} on", ""
+    where = _place("from", bracket, from_length)
+    end = " on" if until is None else f" {_place('until', *until)}"
+    note = " (not narrowed down)" if from_length is None else ""
     if bracket.slower_status in _FAILS:
         note += f"; at T = {bracket.high:,} {bracket.slower} {_FAILS[bracket.slower_status]}"
     return {
@@ -131,5 +147,12 @@ def crossover(bracket: Bracket, from_length: int | None) -> dict[str, Any]:
         "slower": bracket.slower,
         "from_length": bracket.high if from_length is None else from_length,
         "measured": from_length is not None,
-        "text": f"{where}, {compared} on this machine{note}",
+        "text": f"{where}{end}, {compared} on this machine{note}",
     }
+
+
+def _place(word: str, bracket: Bracket, length: int | None) -> str:
+    """Where a change of order lies, behind a preposition."""
+    if length is None:
+        return f"{word} some length between T = {bracket.low:,} and {bracket.high:,}"
+    return f"{word} T = {length:,}"

@@ -23,7 +23,7 @@ from zoo.eval.bench.cost import (
     measure,
     race,
 )
-from zoo.eval.bench.crossover import Bracket, brackets, certainly_better, crossover, first_length
+from zoo.eval.bench.crossover import Bracket, brackets, certainly_better, crossovers, first_length
 from zoo.eval.bench.machine import reaches
 from zoo.eval.child import Child, ChildEnded, ChildTooSlow, available_memory
 from zoo.eval.measure import machine_info
@@ -193,7 +193,7 @@ def _crossovers(
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Each change of order that is seen in the rows, narrowed down while there is time."""
-    found = []
+    found: list[tuple[Bracket, int | None]] = []
     begun = time.perf_counter()
     for bracket in brackets(rows, first):
         length = None
@@ -206,9 +206,11 @@ def _crossovers(
             else:
                 if length is None:
                     continue  # measured in turn, they are alike
-        found.append(crossover(bracket, length))
-        say(found[-1]["text"])
-    return found
+        found.append((bracket, length))
+    entries = crossovers(found)
+    for entry in entries:
+        say(entry["text"])
+    return entries
 
 
 def _narrowed(

@@ -266,6 +266,22 @@ def test_without_time_a_crossover_is_told_and_not_measured(fake) -> None:
     assert "not narrowed down" in found["text"]
 
 
+def test_a_change_of_order_that_is_undone_ends_there(fake) -> None:
+    """mamba, rwkv7 and mamba again: the first change is not said to hold for good."""
+    fake.curves = {0: lambda T: (T * 1e-3, 1e9), 1: lambda T: (T * (2e-3 if T < 256 or T >= 1024 else 5e-4), 1e9)}
+    models, settings = [("mamba", 0), ("rwkv7", 1)], {"kinds": ["train"], "lengths": [128, 512, 2048]}
+    texts = [entry["text"] for entry in bench(models, BenchSettings(**settings))["crossovers"]]  # type: ignore[arg-type]
+    assert texts == [
+        "from T = 256 until T = 1,024, rwkv7 trains faster than mamba on this machine",
+        "from T = 1,024 on, mamba trains faster than rwkv7 on this machine",
+    ]
+    texts = [entry["text"] for entry in bench(models, BenchSettings(**settings, crossovers=0))["crossovers"]]  # type: ignore[arg-type]
+    assert texts[0] == (
+        "from some length between T = 128 and 512 until some length between T = 512 and 2,048, rwkv7 trains faster "
+        "than mamba on this machine (not narrowed down)"
+    )
+
+
 def test_the_first_length_is_found_wherever_it_is() -> None:
     lengths = [*range(192, 1000, 64), 1000]
     for place in range(150, 1050, 7):
