@@ -281,6 +281,10 @@ def test_mixed_precision_carries_a_state_too(name):
         (["data=listops", "objective=classify"], "leave it or objective=classify out"),
         (["data=mqar"], "the rows of data=mqar are no running text: leave it out, or take data such as pystdlib"),
         (["data=pystdlib", "data.seq_len=40"], r"does not divide data.seq_len=40, .*: set data.seq_len=16 as well"),
+        (
+            ["data=pystdlib", "arch=hybrid", 'arch.pattern=["mamba","landmark"]'],
+            "cannot carry the blocks of landmark beside other mixers: set data.batch_size=1 and data.eval_batch_size=1",
+        ),
     ],
 )
 def test_what_cannot_be_carried_is_one_line(words, told):
