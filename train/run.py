@@ -241,8 +241,8 @@ def _check_segments(config: TrainConfig, source: Source[Any], causal: bool) -> N
     wrapper = arch.mixer.make_wrapper(arch.config.from_dict({**config.model, "vocab_size": 1}, config.arch))
     if wrapper is not None and wrapper.strict and max(source.batch_size, source.eval_batch_size) > 1:
         raise ConfigError(
-            f"{asked} meets documents that end at different tokens in a batch's rows, through which {config.arch} cannot "
-            f"carry the blocks of landmark beside other mixers: set data.batch_size=1 and data.eval_batch_size=1"
+            f"{asked} meets documents that end at different tokens in a batch's rows, through which {config.arch} "
+            f"cannot carry the blocks of landmark beside other mixers: set data.batch_size=1 and data.eval_batch_size=1"
         )
 
 
