@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NoReturn, TypeVar
 
 import lightning
 import torch
@@ -16,7 +16,7 @@ from zoo.codec import Codec
 from zoo.kernels.errors import ConfigError, did_you_mean
 from zoo.settings import Settings, setting
 from zoo.train.data.running import RunningEval, RunningStream, RunningText
-from zoo.train.data.stream import Batch, BatchStream, EndlessBatches, EvalBatches
+from zoo.train.data.stream import ANSWERS, IGNORE, Batch, BatchStream, EndlessBatches, EvalBatches
 from zoo.train.recipe import Recipe
 
 if TYPE_CHECKING:

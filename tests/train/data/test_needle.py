@@ -15,7 +15,7 @@ def test_one_needle_is_as_defined():
     assert (inputs[:, -2] == QUERY).all()
     assert ((inputs == NEEDLE).sum(1) == 1).all()
     position = (inputs == NEEDLE).argmax(1)
-    np.testing.assert_array_equal(slices["position"], position)
+    np.testing.assert_array_equal(slices["answers"][:, 0], position + 2)
     assert (position.min(), position.max()) == (0, 50 - 5)
     np.testing.assert_allclose(np.bincount(position) / len(inputs), 1 / 46, atol=0.006)
     assert (targets[:, :-1] == IGNORE).all()
@@ -27,20 +27,22 @@ def test_one_needle_is_as_defined():
 def test_the_needle_asked_for_lies_anywhere_among_the_others():
     form = NeedleConfig().options("train")
     inputs, _, slices, _ = generate(5_000, Draws("rows"), seq_len=128, **form)
-    before = (np.cumsum(inputs == NEEDLE, axis=1) - 1)[np.arange(5_000), slices["position"]]
+    position = slices["answers"][:, 0] - 2
+    before = (np.cumsum(inputs == NEEDLE, axis=1) - 1)[np.arange(5_000), position]
     np.testing.assert_allclose(np.bincount(before) / 5_000, 0.25, atol=0.03)
-    keys = inputs[np.arange(5_000), slices["position"] + 1]
+    keys = inputs[np.arange(5_000), position + 1]
     np.testing.assert_array_equal(keys, inputs[:, -1])
 
 
 def test_the_values_of_one_key_are_asked_in_the_order_in_which_they_stand():
     form = NeedleConfig(n_needles=2, n_values=3, seq_len=40).options("train")
-    inputs, targets, _, _ = generate(200, Draws("rows"), seq_len=40, **form)
-    for tokens, labels in zip(inputs.tolist(), targets.tolist(), strict=True):
+    inputs, targets, slices, _ = generate(200, Draws("rows"), seq_len=40, **form)
+    for tokens, labels, answers in zip(inputs.tolist(), targets.tolist(), slices["answers"].tolist(), strict=True):
         question = tokens.index(QUERY)
         places = [i for i in range(question) if tokens[i] == NEEDLE and tokens[i + 1] == tokens[question + 1]]
         values = [tokens[i + 2] for i in places]
         assert labels[-3:] == values
+        assert answers == [i + 2 for i in places]
         assert tokens[-2:] == values[:-1]
 
 

@@ -45,8 +45,9 @@ def test_the_trigger_of_induction_stands_twice_and_anywhere():
     inputs, targets, slices = rows(source_of("induction", seq_len=12), "train", 10_000)
     assert ((inputs == 0).sum(1) == 2).all()
     assert (inputs[:, -1] == 0).all()
-    np.testing.assert_array_equal(slices["position"], (inputs == 0).argmax(1))
-    np.testing.assert_allclose(np.bincount(slices["position"]) / len(inputs), 1 / 10, atol=0.015)
+    position = (inputs == 0).argmax(1)
+    np.testing.assert_array_equal(slices["answers"][:, 0], position + 1)
+    np.testing.assert_allclose(np.bincount(position) / len(inputs), 1 / 10, atol=0.015)
     np.testing.assert_allclose(np.bincount(targets[:, -1])[1:] / len(inputs), 1 / 15, atol=0.013)
 
 
@@ -135,11 +136,11 @@ def test_the_pair_asked_for_stands_anywhere_in_training_and_on_a_grid_in_the_tes
     source = source_of("depth_curve", seq_len=66, test_lengths=[34, 66])
     inputs, _, slices = rows(source, "train", 4_000)
     asked = (inputs[:, :-2:2] == inputs[:, -1:]).argmax(1)
-    np.testing.assert_array_equal(asked, slices["position"])
+    np.testing.assert_array_equal(2 * asked + 1, slices["answers"][:, 0])
     np.testing.assert_allclose(np.bincount(asked) / 4_000, 1 / 32, atol=0.014)
     for table, grid in ((0, [*range(16)]), (1, [0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31])):
         inputs, _, slices = rows(source, "test", 300, table)
-        np.testing.assert_array_equal(np.array(grid)[slices["place"]], slices["position"])
+        np.testing.assert_array_equal(2 * np.array(grid)[slices["place"]] + 1, slices["answers"][:, 0])
         assert set(slices["place"].tolist()) == set(range(16))
         assert all(len(set(row)) == len(row) for row in inputs[:, 1:-2:2].tolist())
 
