@@ -122,9 +122,35 @@ def test_loaded_rows_are_the_generated_ones_one_table_per_length(task):
             np.testing.assert_array_equal(found["inputs"], inputs)
             np.testing.assert_array_equal(found["targets"], targets)
             for name in (*source.slice_values, *source.marks):
-                expected = slices.get(name, source.arguments(split)[table].get(name))
-                np.testing.assert_array_equal(found[f"slice_{name}"], np.broadcast_to(expected, count))
+                expected = slices[name] if name in slices else np.full(count, source.arguments(split)[table][name])
+                np.testing.assert_array_equal(found[f"slice_{name}"], expected)
     assert data.train_dataloader().batch(0)["inputs"].shape[0] == 3
+
+
+WITH_ANSWERS = [
+    ("passkey", {"digits": 3}),
+    ("needle", {"n_queries": 2, "n_values": 2, "digits": 2}),
+    ("induction", {}),
+    ("depth_curve", {}),
+    ("ruler", {"family": "niah_multikey_3"}),
+    ("ruler", {"family": "niah_multiquery", "test_lengths": [256, 512]}),
+]
+
+
+@pytest.mark.parametrize(("task", "values"), WITH_ANSWERS)
+def test_each_label_stands_where_its_answer_is_said_to_stand(task, values):
+    data = DataModule(get_data(task).config(num_examples=9, test_examples=9, **values), seed=0)
+    for batch in data.test_dataloader():
+        inputs, targets, positions = batch["inputs"], batch["targets"], data.source.answer_positions(batch)
+        labels = targets != IGNORE
+        assert ((positions >= 0) == labels).all()
+        assert (inputs.gather(1, positions.clamp(min=0))[labels] == targets[labels]).all()
+        assert positions[labels].max() < inputs.shape[1] - labels.sum(1).max(), "in the context, not in the question"
+
+
+def test_all_tasks_that_know_where_their_answers_stand_are_looked_at():
+    knowing = {name for name in NAMES if "answers" in source_of(name).marks}
+    assert knowing == {name for name, _ in WITH_ANSWERS}
 
 
 @pytest.mark.parametrize("task", NAMES)
