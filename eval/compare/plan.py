@@ -18,7 +18,7 @@ from zoo.eval.measure import machine_info
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.registry import architecture, list_models
 from zoo.train.config import BASELINE, DEFAULT_DATA, TrainConfig, TrainerConfig, as_override, train_config
-from zoo.train.data import DataModule, Source
+from zoo.train.data import SPLITS, DataModule, Source, create_source
 from zoo.train.folder import different_keys
 from zoo.train.run import decide, pick_device
 
@@ -172,7 +172,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     settings["optim"] = {k: v for k, v in dataclasses.asdict(plan.base.optim).items() if k != "lr"}
     return {
         "settings": settings,
-        "data": data_facts(plan.source, plan.length),
+        "data": data_facts(plan.source, plan.length, SPLITS),
         "metric": {"name": plan.metric, "higher_is_better": plan.higher_is_better},
         "architectures": [_describe(who, config.match) for who in plan.contestants],
         "seeds": config.seeds,
@@ -191,18 +191,35 @@ def _pace(trainer: TrainerConfig, source: Source[Any]) -> list[str]:
 
 def longest(source: Source[Any], split: str) -> int:
     """Tokens of the longest examples of a split."""
-    return max(table.features["inputs"].length for table in source.load(split))
+    return lengths_of(source, split)[-1]
 
 
-def data_facts(source: Source[Any], length: int) -> dict[str, Any]:
-    """What comparison.json says of the data."""
+def lengths_of(source: Source[Any], split: str) -> list[int]:
+    """The lengths of a split's examples, in tokens, from the shortest on."""
+    return sorted({table.features["inputs"].length for table in source.load(split)})
+
+
+def data_facts(source: Source[Any], length: int, splits: Sequence[str] = ("test",)) -> dict[str, Any]:
+    """What comparison.json says of the data; of lengths, those of the splits that are read."""
     return {
         "name": source.name,
         "settings": dataclasses.asdict(source.config),
         "levels": source.levels,
+        "levels_by_length": _levels_by_length(source),
         "unit": source.unit,
         "facts": source.facts(),
         "length": length,
+        "lengths": {split: lengths_of(source, split) for split in splits},
+    }
+
+
+def _levels_by_length(source: Source[Any]) -> dict[str, dict[str, float]]:
+    """By length, where a task can be tested at any: what would show no skill if that were the only one."""
+    if not hasattr(source.config, "test_lengths"):
+        return {}
+    return {
+        str(length): create_source(dataclasses.replace(source.config, test_lengths=[length])).levels
+        for length in source.slice_values.get("seq_len", [])
     }
 
 

@@ -18,9 +18,11 @@ from zoo.eval.compare import results
 from zoo.eval.compare.cells import Cell, Outcome, outcome, run_folder
 from zoo.eval.compare.command import compare
 from zoo.eval.compare.config import read_words
-from zoo.eval.compare.plan import describe, make_plan
+from zoo.eval.compare.plan import data_facts, describe, make_plan
 from zoo.eval.compare.sweeps import sweep_cells
 from zoo.kernels.errors import ConfigError, DataError
+from zoo.train.config import train_config
+from zoo.train.data import create_source
 from zoo.train.errors import RunError
 from zoo.train.folder import RunFolder
 
@@ -89,11 +91,24 @@ def test_comparison_json_tells_what_the_report_needs(undisturbed):
     )
     assert told["data"]["length"] == 32
     assert told["data"]["levels"]["plateau"] == 0.25
+    assert told["data"]["lengths"] == {"train": [32], "validation": [32], "test": [32]}
     assert told["finished"] >= told["started"]
     assert 0 < told["hours"] < 1
     transformer = told["architectures"][0]
     assert transformer["state_bytes"]["32"] == 4 * 32 * 2 * 16 + 4 * 8, "keys and values, and four counters"
     assert transformer["params"] == int(table(undisturbed)[0]["params"])
+
+
+def test_levels_of_each_length_are_told():
+    """On `word` the first two products take no state: two of 4 labels, or two of 8."""
+    facts = data_facts(
+        create_source(train_config(["data=word", "data.test_lengths=[4,8]", "data.test_examples=8"]).data), 8
+    )
+    chance = facts["levels"]["chance"]
+    plateaus = {length: levels["plateau"] for length, levels in facts["levels_by_length"].items()}
+    assert plateaus == pytest.approx({"4": (2 + 2 * chance) / 4, "8": (2 + 6 * chance) / 8})
+    assert facts["levels"]["plateau"] == pytest.approx((4 + 8 * chance) / 12)
+    assert facts["lengths"] == {"test": [4, 8]}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
