@@ -17,7 +17,7 @@ from zoo.settings import setting
 from zoo.train.data.base import register_data
 from zoo.train.data.draws import Draws
 from zoo.train.data.stream import IGNORE
-from zoo.train.data.synthetic import Examples, NextTokenConfig, Synthetic
+from zoo.train.data.synthetic import Examples, NextTokenConfig, Recall
 from zoo.train.recipe import Recipe
 
 
@@ -61,7 +61,7 @@ def _keys(vocab_size: int) -> int:
 
 
 @register_data("assoc_recall", config=AssocRecallConfig)
-class AssocRecall(Synthetic[AssocRecallConfig]):
+class AssocRecall(Recall[AssocRecallConfig]):
     """Associative recall with one question; slice `seq_len`."""
 
     recipe = Recipe(max_steps=2_000, lr=2e-3)
@@ -70,4 +70,4 @@ class AssocRecall(Synthetic[AssocRecallConfig]):
     def __init__(self, config: AssocRecallConfig) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
-        self.levels = {"chance": 1 / (config.vocab_size - 2 - _keys(config.vocab_size))}
+        self.values = range(1 + _keys(config.vocab_size), config.vocab_size - 1)

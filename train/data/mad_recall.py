@@ -24,7 +24,7 @@ from zoo.settings import setting
 from zoo.train.data.base import register_data
 from zoo.train.data.draws import Draws, first_equal, squeeze
 from zoo.train.data.stream import IGNORE
-from zoo.train.data.synthetic import Examples, NextTokenConfig, Synthetic
+from zoo.train.data.synthetic import Examples, NextTokenConfig, Recall
 from zoo.train.recipe import Recipe
 
 
@@ -171,7 +171,7 @@ def _next_tokens(tokens: np.ndarray, asked: np.ndarray) -> Examples:
     return Examples(tokens[:, :-1], np.where(asked[:, 1:], tokens[:, 1:], IGNORE))
 
 
-class _Recall(Synthetic[Any]):
+class _Recall(Recall[Any]):
     """Recall of values by keys; slice `seq_len`."""
 
     recipe = Recipe(max_steps=3_000, lr=1e-3)
@@ -186,7 +186,7 @@ class MadRecall(_Recall):
     def __init__(self, config: MadRecallConfig) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
-        self.levels = {"chance": 1 / (config.vocab_size - config.vocab_size // 2)}
+        self.values = range(config.vocab_size // 2, config.vocab_size)
 
 
 @register_data("mad_noisy", config=MadNoisyConfig)
@@ -207,4 +207,5 @@ class MadFuzzy(_Recall):
     def __init__(self, config: MadFuzzyConfig) -> None:
         super().__init__(config)
         self.vocab_size = config.vocab_size
-        self.levels = {"chance": 1 / (config.vocab_size - 1 - (config.vocab_size - 1) // 2)}
+        self.values = range((config.vocab_size - 1) // 2, config.vocab_size - 1)
+        self.value_size = config.value_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from zoo.settings import setting
 from zoo.train.data.base import SPLITS, DataConfig, Source, get_data
 from zoo.train.data.cache import build, token_types
 from zoo.train.data.draws import Draws
-from zoo.train.data.stream import ANSWERS, SLICE_PREFIX
+from zoo.train.data.stream import ANSWERS, IGNORE, SLICE_PREFIX, EvalBatches
 
 if TYPE_CHECKING:
     import datasets
@@ -196,6 +197,54 @@ class Synthetic(Source[C]):
         """The training length, the task's settings and the seed of the examples."""
         config = self.config
         return {"seq_len": config.seq_len, **config.options("train"), "data_seed": config.data_seed}
+
+
+class Recall(Synthetic[C]):
+    """A generated task whose answers are among the values that the row has shown, some far more often than others.
+
+    Its plateau is measured on the test rows: the accuracy of answering with the value that has stood most often so far,
+    token by token where values have several.
+
+    Attributes:
+        values: the token ids of values.
+        value_size: most tokens of a value.
+    """
+
+    values: range
+    value_size: int = 1
+
+    @cached_property
+    def levels(self) -> dict[str, float]:  # type: ignore[override]
+        """Accuracy of guessing one of all values, and of the plateau."""
+        right = labels = 0
+        for batch in EvalBatches(self.load("test"), self.eval_batch_size).whole():
+            inputs, targets = batch["inputs"].numpy(), batch["targets"].numpy()
+            right += (most_frequent(inputs, self.values, self.value_size) == targets).sum()
+            labels += (targets != IGNORE).sum()
+        return {"chance": 1 / len(self.values), "plateau": float(right / labels)}
+
+
+def most_frequent(inputs: np.ndarray, values: range, value_size: int) -> np.ndarray:
+    """At each token the value that has stood most often so far, (N, L); -1 before the first.
+
+    Only the same token of a value counts, the first or the second, ...; of several values the first to be so frequent.
+    """
+    row = np.arange(len(inputs))
+    counts = np.zeros((len(inputs), value_size + 1, len(values)), dtype=np.int64)
+    guess = np.full(counts.shape[:2], -1)
+    often, place = np.zeros_like(guess), np.zeros_like(row)  # place: tokens of a value that stand just before
+    found = np.empty_like(inputs)
+    for i, token in enumerate(inputs.T):
+        is_value = (token >= values.start) & (token < values.stop)
+        at = row[is_value], place[is_value]
+        new = token[is_value]
+        counts[(*at, new - values.start)] += 1
+        count = counts[(*at, new - values.start)]
+        guess[at] = np.where(count > often[at], new, guess[at])
+        often[at] = np.maximum(count, often[at])
+        place = np.where(is_value, place + 1, 0)
+        found[:, i] = guess[row, place]
+    return found
 
 
 def examples(task: str, split: str, num_examples: int, data_seed: int, **arguments: Any) -> Iterator[Examples]:

@@ -188,6 +188,27 @@ def _solve_mad_fuzzy(vocab_size, key_size, **_):
                 token = yield IGNORE
 
 
+def _commonest_values(solve, values):
+    """Guesses the value that has stood most often before each label, of the values of several tokens each by itself."""
+
+    def guesses(tokens, **arguments):
+        first, end = values(**arguments)
+        found, counts, best, place = [], Counter(), {}, 0
+        for token, label in zip(tokens, answer(solve(**arguments), tokens), strict=True):
+            if first <= token < end:
+                counts[place, token] += 1
+                if place not in best or counts[place, token] > counts[place, best[place]]:
+                    best[place] = token
+                place += 1
+            else:
+                place = 0
+            if label != IGNORE:
+                found.append([best.get(place, -1)])
+        return found
+
+    return guesses
+
+
 @lru_cache
 def _learnt_facts(vocab_size):
     """What the training rows of `mad_memorize` say."""
@@ -308,17 +329,26 @@ TASKS = {
     "selective_copying": Task(_solve_selective_copying, _with_content(), _content),
     "copying": Task(_solve_copying, _copyings()),
     "assoc_recall": Task(
-        _solve_assoc_recall, _some(seq_len=_pairs.map(lambda p: 2 * p + 2), vocab_size=st.integers(6, 40))
+        _solve_assoc_recall,
+        _some(seq_len=_pairs.map(lambda p: 2 * p + 2), vocab_size=st.integers(6, 40)),
+        _commonest_values(_solve_assoc_recall, lambda vocab_size, **_: (1 + (vocab_size - 2) // 2, vocab_size - 1)),
     ),
     "depth_curve": Task(_solve_depth_curve, _some(seq_len=_pairs.map(lambda p: 2 * p + 2)), _values_of_pairs),
     "mad_recall": Task(
-        _solve_mad_recall, _some(seq_len=_pairs.map(lambda p: 2 * p + 1), vocab_size=st.integers(4, 40))
+        _solve_mad_recall,
+        _some(seq_len=_pairs.map(lambda p: 2 * p + 1), vocab_size=st.integers(4, 40)),
+        _commonest_values(_solve_mad_recall, lambda vocab_size, **_: (vocab_size // 2, vocab_size)),
     ),
     "mad_noisy": Task(
         _solve_mad_recall,
         _some(seq_len=_pairs.map(lambda p: 2 * p + 1), noise_ids=st.integers(1, 20), noise_share=st.floats(0, 1)),
+        _commonest_values(_solve_mad_recall, lambda vocab_size, **_: (vocab_size // 2, vocab_size)),
     ),
-    "mad_fuzzy": Task(_solve_mad_fuzzy, _fuzzies()),
+    "mad_fuzzy": Task(
+        _solve_mad_fuzzy,
+        _fuzzies(),
+        _commonest_values(_solve_mad_fuzzy, lambda vocab_size, **_: ((vocab_size - 1) // 2, vocab_size - 1)),
+    ),
     "mad_memorize": Task(
         _solve_mad_memorize, _some(seq_len=_pairs.map(lambda p: 2 * p), vocab_size=st.integers(10, 200))
     ),
