@@ -14,7 +14,7 @@ from torch import Tensor
 import zoo
 from zoo.architectures.landmark import Landmark
 from zoo.kernels.errors import ConfigError, DataError
-from zoo.layers.landmark_retrieval import AGING
+from zoo.layers import landmark_retrieval
 from zoo.layers.landmark_tokens import LandmarkTokens
 from zoo.layers.rotary import rotate
 
@@ -53,6 +53,9 @@ def turned(x: Tensor, place: int) -> Tensor:
     return torch.cat((x[..., :half] * cos - x[..., half:] * sin, x[..., half:] * cos + x[..., :half] * sin), -1)
 
 
+AGING = 2.0**-16  # too little to matter, and enough to decide between equals
+
+
 def by_definition(mixer: Landmark, x: Tensor, top_k: int, kind: str) -> tuple[Tensor, Tensor]:
     """What one layer makes of the slots of one document (S, D), query by query; and which blocks were read."""
     H, G, K, size = mixer.n_heads, mixer.n_kv_heads, mixer.head_dim, BLOCK + 1
@@ -88,8 +91,9 @@ def by_definition(mixer: Landmark, x: Tensor, top_k: int, kind: str) -> tuple[Te
 
 
 @pytest.mark.parametrize("kind", ["head", "token"])
-@pytest.mark.parametrize("top_k", [1, 3, 50])
-def test_retrieval_is_as_defined(top_k: int, kind: str) -> None:
+@pytest.mark.parametrize(("top_k", "numbers"), [(1, 1 << 22), (3, 1 << 22), (3, 5000), (50, 1 << 22)])
+def test_retrieval_is_as_defined(top_k: int, numbers: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(landmark_retrieval, "NUMBERS", numbers)  # of queries at a time
     model = make(top_k=top_k, retrieval=kind, n_layers=1)
     mixer: Any = model.mixers()[0][0]
     shared: dict[str, Any] = {"diagnostics": {}}
@@ -107,6 +111,17 @@ def test_retrieval_is_as_defined(top_k: int, kind: str) -> None:
             read = read[:, 0] if kind == "token" else read
             assert torch.equal(found, read[..., : found.shape[-1]])
             assert (read[..., found.shape[-1] :] == -1).all()
+
+
+def test_frozen_models_read_few_blocks_too() -> None:
+    """It is gradients of its own that a layer needs all blocks for, and not that others record theirs."""
+    model, tokens = make(top_k=1), torch.randint(VOCAB, (1, 40))
+    whole = model(tokens).logits
+    assert whole.requires_grad
+    few = model.requires_grad_(False)(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(few, model(tokens).logits, rtol=0, atol=0)
+    assert not torch.allclose(few, whole)
 
 
 def test_rotation_of_the_definition_is_that_of_the_model() -> None:
