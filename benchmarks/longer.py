@@ -3,14 +3,14 @@
     python benchmarks/longer.py passkey           # trains what is not in runs/passkey yet, then reads
     python benchmarks/longer.py induction --seeds 1
 
-passkey: a fact stands somewhere in filler, and the last token asks for it. Landmark attention is trained on all blocks and
-tested with the best few of them alone, beside a Transformer that reads everything; until .995 of the validation examples
-are right, or for 1,200 steps.
-induction: what followed the first of two triggers. Mamba beside a Transformer, for all steps: what is right at the length
-of the training need not be right beyond it yet.
+passkey: a fact stands somewhere in filler, and the last token asks for it. Landmark attention is trained on all blocks
+and tested with the best few of them alone, beside a Transformer that reads everything; until .995 of the validation
+examples are right, or for 1,200 steps.
+induction: what followed the first of two triggers. Mamba beside a Transformer, for all steps: what is right at the
+length of the training need not be right beyond it yet.
 
-The models of a study have the same sizes and see the same examples, through the front door, with several seeds. It writes
-benchmarks/results/<study>.{json,png}.
+The models of a study have the same sizes and see the same examples, through the front door, with several seeds. It
+writes benchmarks/results/<study>.{json,png}.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def test_machine_info_can_be_written_and_names_the_hardware() -> None:
             "python -m zoo.eval 'model=my runs/a'",
         ),
         (["zoo compare", "seeds=3"], "zoo.__main__", "python -m zoo compare seeds=3"),
-        (["benchmarks/passkey.py"], None, "python benchmarks/passkey.py"),
+        (["benchmarks/chunked.py"], None, "python benchmarks/chunked.py"),
     ],
 )
 def test_the_command_can_be_typed_elsewhere(
