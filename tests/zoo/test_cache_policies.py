@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.layers.cache import CachedAttention
 from zoo.layers.rotary import Rotary
 
+from .largest import Largest
 from .parity import randomise
 
 WIDTH = 4
@@ -310,19 +310,6 @@ def test_streaming_two_million_tokens_on_is_the_same_in_fp32() -> None:
     near, far = (model(follow, state=state._replace(layers=((s, nothing),))).logits for s in (kept, later))
     # fp32 angles would be wrong by up to 0.06.
     torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-5 * near.abs().max().item())
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.size = max(self.size, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -18,6 +18,8 @@ from zoo.layers import landmark_retrieval
 from zoo.layers.landmark_tokens import LandmarkTokens
 from zoo.layers.rotary import rotate
 
+from .largest import Largest
+
 BLOCK, VOCAB = 4, 11
 
 
@@ -281,6 +283,42 @@ def test_diagnostics() -> None:
     state = model(tokens[:, :20], state=model.init_state(2), segment_ids=ids[:, :20]).state
     later = model.diagnose(tokens[:, 20:], segment_ids=ids[:, 20:], state=state)["retrieved/0"]
     assert torch.equal(later, read[:, 20:])
+
+
+@torch.no_grad()
+def test_weights_shown_are_shares_of_the_softmax() -> None:
+    model = make(n_layers=1, rotary=False)
+    mixer: Any = model.mixers()[0][0]
+    wrapper: Any = model.wrapper
+    size = BLOCK + 1
+    shared: dict[str, Any] = {"diagnostics": {}}
+    x, _ = wrapper.insert(torch.randn(1, 19, 24).double(), torch.arange(19)[None], None, shared, carried=False)
+    mixer(x, None, None, shared)
+    weights = shared["diagnostics"]["landmark_weights/0"][0]  # (T, H, C)
+    q, k, _ = mixer.qkv_proj(x[0]).unflatten(-1, (-1, 6)).split([4, 2, 2], dim=1)
+    for time, i in enumerate(shared["landmarks"].at[0].tolist()):
+        block, marks = i // size, list(range(BLOCK, i, size))
+        keys = k[marks + list(range(block * size, i + 1))].repeat_interleave(2, dim=1)
+        expected = torch.einsum("hk,jhk->hj", q[i], keys).mul(6**-0.5).softmax(-1)[:, :block]
+        torch.testing.assert_close(weights[time, :, :block], expected)
+        assert not weights[time, :, block:].any()
+
+
+def test_weights_shown_do_not_depend_on_pieces() -> None:
+    model, tokens = make(), tokens_of(2, 40)
+    ids = torch.stack([torch.repeat_interleave(torch.arange(3), torch.tensor(n)) for n in ([3, 18, 19], [9, 30, 1])])
+    state = model(tokens[:, :17], state=model.init_state(2), segment_ids=ids[:, :17]).state
+    for layer in range(2):
+        whole = model.diagnose(tokens, segment_ids=ids)[f"landmark_weights/{layer}"]
+        later = model.diagnose(tokens[:, 17:], segment_ids=ids[:, 17:], state=state)[f"landmark_weights/{layer}"]
+        torch.testing.assert_close(later, whole[:, 17:])
+
+
+def test_what_is_shown_takes_memory_by_blocks_and_not_by_tokens() -> None:
+    model, n_tokens, n_blocks = make(torch.float32, block_size=50, n_layers=1), 3_000, 60
+    with Largest() as largest:
+        model.diagnose(tokens_of(1, n_tokens))
+    assert largest.size <= 4 * n_tokens * (n_blocks + 1)
 
 
 def test_in_a_hybrid() -> None:

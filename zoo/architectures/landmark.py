@@ -3,7 +3,8 @@
 Behind each block of tokens stands a landmark. A token sees the tokens of other blocks through what it gives to their
 landmarks, and so learns to choose blocks; without gradients it may then read the best few of them only.
 
-Letters: B batch, S slots (tokens and landmarks), T tokens, C blocks, H query heads, G key/value heads, K head width.
+Letters: B batch, S slots (tokens and landmarks), T tokens, C blocks, J keys, M landmarks among them, H query heads, G
+key/value heads, K head width.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Landmark(Attention):
         if state is None and not self._retrieves(qk):
             qk = self._rotated(qk, slots.places)
             q, k = qk.split([self.n_heads, self.n_kv_heads], dim=2)
-            y = self._see_all(q, k, v, slots, 0, shows)
+            y = self._see_all(q, k, v, slots, slots.places, shows)
             return self.out_proj(y.flatten(2)), None
         size = self.block_size + 1
         qk = self._rotated(qk, slots.places % size)  # blocks may be read at other places than where they stood
@@ -97,7 +98,7 @@ class Landmark(Attention):
             places = torch.cat((places, slots.places), dim=1)
             seen = moved(seen, places // size * size, self.rotary)
             q = moved(q, slots.places // size * size, self.rotary)
-            y = self._see_all(q, seen, torch.cat((old_v, v), dim=1), slots, old_k.shape[1], shows)
+            y = self._see_all(q, seen, torch.cat((old_v, v), dim=1), slots, places, shows)
         return self.out_proj(y.flatten(2)), None if state is None else remaining(after, slots)
 
     def _retrieves(self, qk: Tensor) -> bool:
@@ -108,15 +109,15 @@ class Landmark(Attention):
         return x if self.rotary is None else self.rotary(x, places)
 
     def _see_all(
-        self, q: Tensor, k: Tensor, v: Tensor, slots: Slots, before: int, shows: dict[str, Tensor] | None
+        self, q: Tensor, k: Tensor, v: Tensor, slots: Slots, places: Tensor, shows: dict[str, Tensor] | None
     ) -> Tensor:
-        """Attends to all blocks; `before` keys stand in front of those of the slots."""
-        at, begins, ends = self._sight(slots, before)
+        """Attends to all blocks; keys of places (B, J), of which those of the slots are the last."""
+        at, begins, ends = self._sight(slots, k.shape[1] - slots.places.shape[1])
         y, lse = landmark_attention(
             q, k, v, at, begins, ends, block=self.block_size, backend=self.backend, return_lse=True
         )
         if shows is not None and not self.local:
-            shows[f"landmark_weights/{self.layer}"] = self._weights(q, k, lse, slots, begins)
+            shows[f"landmark_weights/{self.layer}"] = self._weights(q, k, lse, slots, places)
         return y
 
     def _sight(self, slots: Slots, before: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -128,17 +129,20 @@ class Landmark(Attention):
             ends = None if ends is None else torch.minimum(ends, begins + size)
         return at, begins, ends
 
-    def _weights(self, q: Tensor, k: Tensor, lse: Tensor, slots: Slots, begins: Tensor) -> Tensor:
-        """What tokens gave to the landmarks of the blocks of their documents, (B, T, H, C)."""
+    def _weights(self, q: Tensor, k: Tensor, lse: Tensor, slots: Slots, places: Tensor) -> Tensor:
+        """What tokens gave to the landmarks of the blocks of their documents, (B, T, H, C); see `_see_all`."""
         size = self.block_size + 1
-        number = torch.arange(int(slots.places.max()) // size + 1, device=q.device)  # (C,)
-        q, begins, own = take(q, slots.at), take(begins.expand_as(slots.places), slots.at), take(slots.places, slots.at)
-        marks = begins[..., None] + number * size + self.block_size  # (B, T, C)
-        logits = torch.einsum("bthk,bshk->bths", q, k.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2))
-        index = marks.clamp(0, k.shape[1] - 1)[:, :, None].expand(-1, -1, self.n_heads, -1)
-        logits = logits.gather(3, index) * self.head_dim**-0.5
-        weights = (logits - take(lse.transpose(1, 2), slots.at)[..., None]).exp()
-        return weights.masked_fill((number >= own[..., None] // size)[:, :, None], 0.0)
+        marks = (places >= 0) & (places % size == self.block_size)
+        count = marks.cumsum(1)  # (B, J): landmarks of the row so far, M in all
+        index = marks.long().sort(dim=1, descending=True, stable=True).indices[:, : max(1, int(count.max()))]
+        q, lse, own = take(q, slots.at), take(lse.transpose(1, 2), slots.at), take(slots.places, slots.at) // size
+        groups = q.unflatten(2, (self.n_kv_heads, -1))
+        logits = torch.einsum("btguk,bmgk->btgum", groups, take(k, index)).flatten(2, 3) * self.head_dim**-0.5
+        first = take(count, slots.at + places.shape[1] - slots.places.shape[1]) - own  # (B, T): of the document
+        number = torch.arange(int(own.max()) + 1, device=q.device)  # (C,)
+        at = (first[..., None] + number).clamp(max=index.shape[1] - 1)[:, :, None]
+        weights = (logits.gather(3, at.expand(-1, -1, self.n_heads, -1)) - lse[..., None]).exp()
+        return weights.masked_fill((number >= own[..., None])[:, :, None], 0.0)
 
     def _read_few(self, q: Tensor, state: LandmarkState, slots: Slots, shows: dict[str, Tensor] | None) -> Tensor:
         """Attends to the own block, and to those that are chosen from a state that has grown."""
