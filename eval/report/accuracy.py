@@ -30,7 +30,9 @@ def slices(comparison: Comparison) -> Section | None:
             series.append(Series(who.index, found))
         log = min(places) > 0 and max(places) / min(places) >= _MANY_TIMES
         title = f"{comparison.metric.title.capitalize()} by {_plain(key)}"
-        caption = f"Test data, at the learning rate picked. {_range_note(comparison)}"
+        levels = _levels_by(comparison, key, list(places))
+        said = f" Dotted: what shows no skill at each length ({words.listing(list(levels))})." if levels else ""
+        caption = f"Test data, at the learning rate picked. {_range_note(comparison)}{said}"
         across = Axis(_plain(key), words.length if min(places) >= 1 else "{:g}".format, log, sorted(places))
         svg = lines(
             f"slice-{len(charts)}",
@@ -38,13 +40,22 @@ def slices(comparison: Comparison) -> Section | None:
             across,
             _metric_axis(comparison),
             series,
-            levels=comparison.levels,
+            levels=levels,
         )
         charts.append(Chart(title, caption, svg, _shown(series)))
         tables.append(_slice_table(comparison, key, places))
     blocks: list[Block] = [Charts(charts), *tables] if charts else []
     blocks += _maps(comparison)
     return Section("slices", f"{comparison.metric.title.capitalize()} by slice", blocks) if blocks else None
+
+
+def _levels_by(comparison: Comparison, key: str, places: list[float]) -> dict[str, dict[float, float]]:
+    """What shows no skill at each place, by name: known of lengths alone, and only where it is known of each."""
+    known = comparison.levels_by_length if key == "seq_len" else {}
+    if not all(place in known for place in places):
+        return {}
+    names = dict.fromkeys(name for place in places for name in known[int(place)])
+    return {name: {place: known[int(place)][name] for place in places if name in known[int(place)]} for name in names}
 
 
 def _slice_table(comparison: Comparison, key: str, places: dict[float, str]) -> Table:
@@ -132,7 +143,7 @@ def _curves(comparison: Comparison) -> Chart | None:
         _metric_axis(comparison),
         series,
         band=True,
-        levels=comparison.levels,
+        levels=comparison.levels_of_validation,
     )
     return Chart("Learning curves", caption, svg, _shown(series))
 
@@ -156,7 +167,7 @@ def _rates(comparison: Comparison) -> Chart | None:
         Axis("learning rate", words.rate, True, places),
         _metric_axis(comparison),
         series,
-        levels=comparison.levels,
+        levels=comparison.levels_of_validation,
     )
     return Chart("Sensitivity to the learning rate", caption, svg, _shown(series))
 
@@ -201,7 +212,8 @@ def size(comparison: Comparison) -> Section | None:
             comparison.levels,
         )
         heading = f"{comparison.metric.title.capitalize()} against {title}"
-        charts.append(Chart(heading, f"Test data. {_range_note(comparison)}", svg, ()))
+        declared = " Bytes as the architecture declares them, not measured." if name.startswith("state") else ""
+        charts.append(Chart(heading, f"Test data. {_range_note(comparison)}{declared}", svg, ()))
     blocks: list[Block] = [Charts(charts)] if charts else []
     if alike:
         blocks.append(Text(f"Not drawn, because it is the same for all: {words.listing(alike)}."))

@@ -6,17 +6,19 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
+from zoo.eval.bench.crossover import MARGIN
 from zoo.eval.report import words
 from zoo.eval.report.blocks import Answer
+from zoo.eval.report.fairness import alike, same_figures
 from zoo.eval.report.results import Bench, Comparison, Contestant
 from zoo.eval.report.spread import Spread, luck
 
 Entry = tuple[Contestant, Spread]
 _MOST_LEVEL, _MOST_TOLD = 2, 4
-_SCALES = (words.digits, words.size)
-"""How quantities are written of which "so many times" makes sense."""
 _FAR = 1.5
 """From this factor on it is said how far the last is behind."""
+_SLOWEST = "The slowest, {}, takes {} times as long."
+_OVERLAP, _SAME = "their ranges overlap", "the figures shown are the same"
 
 
 def answers(comparison: Comparison) -> list[Answer]:
@@ -69,15 +71,26 @@ def _best(comparison: Comparison) -> Answer | None:
     detail = (
         f"{metric.title.capitalize()} on test data, {'median and range' if best.count > 1 else 'the figure'} {seeds}."
     )
-    beaten = [
-        f"{name} ({value:.3f})"
-        for name, value in comparison.levels.items()
-        if not metric.better(best.low if metric.higher_is_better else best.high, value)
-    ]
-    if beaten:
-        detail += f" Even the best is not clearly above {words.listing(beaten)}: nobody has learnt this task."
     question = "Which is most accurate?" if metric.name == "acc" else f"Which has the best {metric.title}?"
-    return _answer(question, ranking, words.level, detail)
+    return _answer(question, ranking, words.level, detail + _skill(comparison))
+
+
+def _skill(comparison: Comparison) -> str:
+    """What there is to say of the levels of no skill, where not every seed of the best is above them."""
+    ranking = comparison.ranking
+    said, missed = "", {}
+    for name, level in comparison.levels.items():
+        above = [(who.label, [value > level for value in comparison.tests(who.label)]) for who, _ in ranking]
+        if not any(any(seeds) for _, seeds in above):
+            missed[f"{name} ({level:.3f})"] = level
+        elif not all(above[0][1]):
+            counts = [f"{sum(seeds)} of {len(seeds)} of {label}" for label, seeds in above if any(seeds)]
+            said += f" Seeds above {name} ({level:.3f}): {_listing(counts)}."
+    if missed:
+        highest = max(value.high for _, value in ranking)
+        where = "below" if highest < min(missed.values()) else "not above"
+        said += f" Even the best seed of all is {where} {words.listing(list(missed))}: nobody has learnt this task."
+    return said
 
 
 def _learns(comparison: Comparison) -> Answer | None:
@@ -99,13 +112,13 @@ def _trains(comparison: Comparison) -> Answer | None:
         found = _entries(comparison, lambda label: comparison.spread(label, "tokens_per_second"))
         found.sort(key=lambda entry: entry[1].median, reverse=True)
         detail = "Tokens per second of the training runs themselves: their speed was not measured by itself."
-        return _answer(question, found, words.digits, detail, "tokens/s") if found else None
+        return _answer(question, found, words.digits, detail, "tokens/s", _SLOWEST) if found else None
     speeds = _measured(comparison, comparison.bench, "train", length)
     speeds.sort(key=lambda entry: entry[1].median, reverse=True)
     wanted = comparison.length
     near = "" if wanted in (None, length) else f" (of the lengths measured the nearest to the task's {wanted:,})"
     detail = f"Forward, backward and update at {length:,} tokens{near}, median and range of the repeats."
-    return _answer(question, speeds, words.digits, detail, "tokens/s")
+    return _answer(question, speeds, words.digits, detail, "tokens/s", _SLOWEST)
 
 
 def _least_memory(comparison: Comparison) -> Answer | None:
@@ -114,12 +127,18 @@ def _least_memory(comparison: Comparison) -> Answer | None:
         return None
     rows = [row for row in comparison.bench.of("train") if row.length == length and row.ok]
     held = {row.label: value for row in rows if (value := row.number("peak_memory_bytes")) is not None}
-    found = _entries(comparison, lambda label: Spread.of([held.get(label)]))
+    found = [(who, _repeated(held[who.label])) for who in comparison.contestants if who.label in held]
     if not found:
         return None
     found.sort(key=lambda entry: entry[1].median)
     detail = f"Peak of one training step at {length:,} tokens beyond the weights, measured once."
-    return _answer("Which needs the least memory to train?", found, words.size, detail)
+    most, why = "{} needs the most, {} times as much.", f"memory repeats to within {words.percent(MARGIN)} only"
+    return _answer("Which needs the least memory to train?", found, words.size, detail, last=most, overlap=why)
+
+
+def _repeated(memory: float) -> Spread:
+    """A measurement of memory and where others would lie: crossovers are told by the same margin."""
+    return Spread(memory, memory * (1 - MARGIN / 2), memory * (1 + MARGIN / 2), 1)
 
 
 def _decodes(comparison: Comparison) -> Answer | None:
@@ -130,8 +149,10 @@ def _decodes(comparison: Comparison) -> Answer | None:
         return None
     found = _measured(comparison, comparison.bench, "decode", max(lengths))
     found.sort(key=lambda entry: entry[1].median, reverse=True)
-    detail = f"One token after {max(lengths):,} tokens read, median and range over the steps."
-    return _answer("Which writes fastest after a long text?", found, words.digits, detail, "tokens/s")
+    detail = (
+        f"One token after {max(lengths):,} tokens read: median and range of repeats, each the median of some tokens."
+    )
+    return _answer("Which writes fastest after a long text?", found, words.digits, detail, "tokens/s", _SLOWEST)
 
 
 def _smallest_state(comparison: Comparison) -> Answer | None:
@@ -145,12 +166,16 @@ def _smallest_state(comparison: Comparison) -> Answer | None:
 
     held = {who.label: who.state_bytes for who in comparison.contestants}
     longest, near = max(lengths), nearest(sorted(lengths), comparison.length)
-    detail = f"What one sequence leaves behind after {longest:,} tokens, and decoding carries along."
+    detail = (
+        f"What one sequence leaves behind after {longest:,} tokens, and decoding carries along, as the architectures "
+        f"declare it: not measured."
+    )
     if near is not None and near != longest:
         who, value = sizes(near)[0]
         if who is not sizes(longest)[0][0]:
             detail += f" After {near:,} tokens the smallest is that of {who.label}, {words.size(value.median)}."
-    return _answer("Which has the smallest state?", sizes(longest), words.size, detail)
+    most = "The largest, that of {}, is {} times as large."
+    return _answer("Which has the smallest state?", sizes(longest), words.size, detail, last=most)
 
 
 def _sure(comparison: Comparison) -> Answer | None:
@@ -168,46 +193,75 @@ def _sure(comparison: Comparison) -> Answer | None:
             "one seed",
             "Somebody has a result of one seed only, so no spread is known there; a difference may be luck." + gaps,
         )
-    pairs = list(itertools.combinations([value for _, value in ranking], 2))
+    again = {label for labels in same_figures(comparison) for label in labels[1:]}
+    same = f" {alike(comparison)} Pairs count them once." if again else ""
+    pairs = list(itertools.combinations([value for who, value in ranking if who.label not in again], 2))
+    if not pairs:
+        return Answer(question, "There is nothing to tell apart", "", same.strip() + gaps)
     apart = sum(not first.overlaps(second) for first, second in pairs)
     odds = min(luck(first, second) for first, second in pairs)
     some = f" Of {len(pairs)} pairs, some may be apart by luck." if len(pairs) > 1 else ""
     detail = (
         f"Apart means that every seed of one beats every seed of the other. If two were equally good, luck alone would "
         f"set them so apart in 2 of {odds} cases, with {fewest} seeds each.{some} Where ranges overlap, this "
-        f"comparison does not tell who is better."
+        f"comparison does not tell who is better.{same}"
     )
     return Answer(question, f"{apart} of {words.many(len(pairs), 'pair')} apart", f"{fewest} seeds", detail + gaps)
 
 
-def _answer(question: str, entries: Sequence[Entry], form: words.Form, detail: str, unit: str = "") -> Answer:
-    """The first of some entries, and who cannot be told apart from it."""
+def _answer(
+    question: str,
+    entries: Sequence[Entry],
+    form: words.Form,
+    detail: str,
+    unit: str = "",
+    last: str = "",
+    overlap: str = _OVERLAP,
+) -> Answer:
+    """The first of some entries, and who cannot be told apart from it.
+
+    Args:
+        question: What is asked.
+        entries: Who and what, the best first.
+        form: How it is written.
+        detail: What the figures are.
+        unit: Of the figures.
+        last: Says how far the last is behind, with places for its label and the factor; empty: that makes no sense.
+        overlap: Why those are not told apart whose ranges overlap.
+    """
     (first, value), others = entries[0], entries[1:]
-    level = [
-        (who, spread) for who, spread in others if spread.overlaps(value) or form(spread.median) == form(value.median)
-    ]
+    level: dict[str, list[Entry]] = {}
+    for who, other in others:
+        ranges = value.low < value.high or other.low < other.high
+        if value.overlaps(other) and ranges:
+            level.setdefault(overlap, []).append((who, other))
+        elif form(other.median) == form(value.median):
+            level.setdefault(_SAME, []).append((who, other))
     answer = first.label
     if level:
-        names = [who.label for who, _ in level]
+        names = [who.label for group in level.values() for who, _ in group]
         answer += f", level with {words.listing(names) if len(names) <= _MOST_LEVEL else f'{len(names)} others'}"
-        told = [f"{who.label} {words.spread(spread, form)}" for who, spread in level[:_MOST_TOLD]]
-        more = [f"{len(level) - _MOST_TOLD} more"] if len(level) > _MOST_TOLD else []
-        all_of_them = "all" if len(level) == len(others) else "their"
-        detail += f" Not told apart from it, as {all_of_them} ranges overlap: {words.listing(told + more)}."
+        for why, group in level.items():
+            told = _listing([f"{who.label} {words.spread(other, form)}" for who, other in group])
+            detail += f" Not told apart from it, as {why}: {told}."
     elif others:
         detail += f" Next: {others[0][0].label}, {words.spread(others[0][1], form)}."
-    if form in _SCALES and len(others) > 1:
-        detail += _behind(entries)
+    if last and len(others) > 1:
+        detail += _behind(entries, last)
     return Answer(question, answer, f"{words.spread(value, form)} {unit}".strip(), detail, first.index)
 
 
-def _behind(entries: Sequence[Entry]) -> str:
+def _behind(entries: Sequence[Entry], said: str) -> str:
     """How far the last is behind the first, where that is much."""
     first, last = entries[0][1].median, entries[-1][1].median
     factor = max(first, last) / min(first, last) if min(first, last) > 0 else 0.0
-    if not _FAR <= factor < math.inf:
-        return ""
-    return f" The last, {entries[-1][0].label}, is {words.digits(factor)} times behind."
+    return f" {said.format(entries[-1][0].label, words.digits(factor))}" if _FAR <= factor < math.inf else ""
+
+
+def _listing(items: list[str]) -> str:
+    """The first few."""
+    more = [f"{len(items) - _MOST_TOLD} more"] if len(items) > _MOST_TOLD else []
+    return words.listing(items[:_MOST_TOLD] + more)
 
 
 def _entries(comparison: Comparison, pick: Callable[[str], Spread | None]) -> list[Entry]:

@@ -17,6 +17,8 @@ from zoo.eval.report.canvas import ABOVE, BELOW, FAINT, INK, LEFT, PAPER, RIGHT,
 from zoo.eval.report.spread import Spread
 from zoo.eval.report.words import Form
 
+Levels = Mapping[str, float | Mapping[float, float]]
+"""Values that show no skill, by name: the same everywhere, or by x."""
 MOST_TICKS = 7
 CELL_WIDTH, CELL_HEIGHT = 0.42, 0.36
 """Inches, of a map."""
@@ -60,7 +62,7 @@ def lines(
     *,
     band: bool = False,
     missing_at: float = 0.97,
-    levels: Mapping[str, float] | None = None,
+    levels: Levels | None = None,
     crossings: Sequence[tuple[str, float]] = (),
 ) -> Markup:
     """A line for each contestant.
@@ -73,7 +75,7 @@ def lines(
         series: The lines.
         band: The spread as a band, for lines of many points; otherwise as bars.
         missing_at: The height at which it is shown that nothing could be measured, as a share of the chart's.
-        levels: Horizontal lines, by name.
+        levels: Lines of no contestant, by name.
         crossings: Vertical lines, each with its number.
     """
     with canvas() as (figure, axes):
@@ -81,18 +83,7 @@ def lines(
         for one in series:
             _line(axes, one, band)
         _missing(axes, series, missing_at)
-        for label, value in (levels or {}).items():
-            axes.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            axes.annotate(
-                label,
-                (1, value),
-                (0, 2),
-                axes.get_yaxis_transform(),
-                "offset points",
-                ha="right",
-                size=7.5,
-                color=FAINT,
-            )
+        _levels(axes, levels or {})
         for number, place in crossings:
             axes.axvline(place, color=FAINT, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
             axes.annotate(
@@ -107,25 +98,14 @@ def points(
     x: Axis,
     y: Axis,
     places: Sequence[tuple[int, str, float, Spread]],
-    levels: Mapping[str, float] | None = None,
+    levels: Levels | None = None,
 ) -> Markup:
     """A point for each contestant: its index, its label, where it stands, and the spread of its height."""
     with canvas() as (figure, axes):
         _scale(axes, x, y)
         for index, _, across, up in places:
             _line(axes, Series(index, [(across, up)]), False)
-        for label, value in (levels or {}).items():
-            axes.axhline(value, color=FAINT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-            axes.annotate(
-                label,
-                (1, value),
-                (0, 2),
-                axes.get_yaxis_transform(),
-                "offset points",
-                ha="right",
-                size=7.5,
-                color=FAINT,
-            )
+        _levels(axes, levels or {})
         axes.margins(0.12)
         _name(axes, [(label, across, up.median) for _, label, across, up in places])
         return svg(figure, name, description)
@@ -215,6 +195,19 @@ class _LogTicks(Locator):
             if len(ticks) >= self._FEWEST:
                 break
         return ticks[:: math.ceil(len(ticks) / MOST_TICKS)] if ticks else ticks
+
+
+def _levels(axes: Axes, levels: Levels) -> None:
+    style = {"color": FAINT, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
+    for label, level in levels.items():
+        if isinstance(level, Mapping):
+            places = sorted(level)
+            axes.plot(places, [level[place] for place in places], **style)
+            end, across = (places[-1], level[places[-1]]), axes.transData
+        else:
+            axes.axhline(level, **style)
+            end, across = (1, level), axes.get_yaxis_transform()
+        axes.annotate(label, end, (0, 2), across, "offset points", ha="right", size=7.5, color=FAINT)
 
 
 def _scale(axes: Axes, x: Axis, y: Axis) -> None:

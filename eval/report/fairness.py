@@ -47,6 +47,28 @@ def same_batches(comparison: Comparison) -> list[SameBatches]:
     return found
 
 
+def same_figures(comparison: Comparison) -> list[list[str]]:
+    """Groups of labels whose runs, rate by rate and seed by seed, gave the same figures to the last digit.
+
+    Figures that are all 0 or 1 make no group: whoever solves a task gives them.
+    """
+    groups: dict[frozenset[tuple[Any, ...]], list[str]] = {}
+    test, validation = f"test_{comparison.metric.name}", f"val_{comparison.metric.name}"
+    for who in comparison.contestants:
+        cells = [cell for cell in comparison.cells_of(who.label) if cell.finished]
+        if any(cell.number(test) not in (None, 0.0, 1.0) for cell in cells):
+            figures = [(cell.lr, cell.seed, *map(cell.number, (test, validation, "steps"))) for cell in cells]
+            groups.setdefault(frozenset(figures), []).append(who.label)
+    return [labels for labels in groups.values() if len(labels) > 1]
+
+
+def alike(comparison: Comparison) -> str:
+    """A sentence on such groups; empty where there is none."""
+    groups = "; ".join(words.listing(labels) for labels in same_figures(comparison))
+    said = "Figures that are the same to the last digit in every run, as at this length they compute the same"
+    return f"{said}: {groups}." if groups else ""
+
+
 def section(comparison: Comparison) -> Section:
     """The section."""
     blocks: list[Any] = [Points(_points(comparison))]
@@ -61,18 +83,27 @@ def section(comparison: Comparison) -> Section:
 def _points(comparison: Comparison) -> list[str]:
     info = comparison.info
     data = info.get("data", {})
-    length = f", {comparison.length:,} tokens per example" if comparison.length else ""
     facts = ", ".join(f"{key} {value}" for key, value in (data.get("facts") or {}).items() if key != "seq_len")
     found = [
-        f"Task: {comparison.data}{length}{f' ({facts})' if facts else ''}. "
+        f"Task: {comparison.data}{_lengths(comparison)}{f' ({facts})' if facts else ''}. "
         f"Judged by {comparison.metric.title}, {'higher' if comparison.metric.higher_is_better else 'lower'} is better."
     ]
     if comparison.levels:
         named = [f"{name} {value:.3f}" for name, value in comparison.levels.items()]
-        found.append(f"Values that show no skill, drawn in the charts: {words.listing(named)}.")
+        found.append(
+            f"Values that show no skill on the test data: {words.listing(named)}. A chart has them where they hold for "
+            f"what it shows."
+        )
+    if said := alike(comparison):
+        found.append(said)
     if not comparison.trained:
         return [*found, "Nothing was trained: finished models were evaluated. They may have seen other data before."]
     found.append(_batches_line(comparison))
+    if len(comparison.lengths.get("train", [])) > 1:
+        found.append(
+            "A training batch has examples of one length, and the seed decides which comes when: so runs of as many "
+            "steps, but with other seeds, read other numbers of tokens."
+        )
     found.append(_budget_line(comparison))
     found.append(_rates_line(comparison))
     found += _length_of_training(comparison)
@@ -85,6 +116,19 @@ def _points(comparison: Comparison) -> list[str]:
         "of its best validation; nothing was chosen by them."
     )
     return found
+
+
+def _lengths(comparison: Comparison) -> str:
+    """Tokens per example, in training and in what it is judged by."""
+    splits: dict[str, list[str]] = {}
+    for split, lengths in comparison.lengths.items():
+        name = "training" if split == "train" else split
+        splits.setdefault(words.listing([words.count(length) for length in lengths]), []).append(name)
+    if len(splits) > 1:
+        return "".join(f", {tokens} tokens per {words.listing(names)} example" for tokens, names in splits.items())
+    if splits:
+        return f", {next(iter(splits))} tokens per example"
+    return f", at most {comparison.length:,} tokens per example" if comparison.length else ""
 
 
 def _rates_line(comparison: Comparison) -> str:
@@ -168,7 +212,7 @@ def _table(comparison: Comparison) -> Table:
         Column("architecture", number=False),
         Column("parameters"),
         Column("FLOPs per token", "forward, counted at the task's length"),
-        *(Column(f"state at {length:,}", "bytes after so many tokens") for length in lengths),
+        *(Column(f"state at {length:,}", "bytes after so many tokens, declared") for length in lengths),
         *([Column("mismatch", "of what was matched")] if matched else []),
         *([Column("learning rates", number=False)] if comparison.trained else []),
         *([Column("notes", number=False)] if any(notes.values()) else []),

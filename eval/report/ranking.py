@@ -34,7 +34,7 @@ def _ranked(comparison: Comparison) -> Table:
         *([Column("steps to 0.9", "first validation with 0.9 right")] if with_steps else []),
         *([Column("rate", "of learning, picked")] if comparison.trained else []),
         *([Column("tokens/s", "of the training runs")] if comparison.trained else []),
-        *([Column(f"state at {longest:,}", "bytes")] if longest else []),
+        *([Column(f"state at {longest:,}", "bytes, declared")] if longest else []),
         Column("cells", "finished of planned"),
     ]
     ranked = [who for who, _ in comparison.ranking]
@@ -49,7 +49,7 @@ def _ranked(comparison: Comparison) -> Table:
         row = [Cell(who.label, look=who.index, heading=True)]
         row.append(spread(test, words.level, best=ranked[:1] == [who]) if test else Cell("no result", note=_why(cells)))
         if metric.name == "acc":
-            tests = [score for cell in chosen if (score := cell.number("test_acc")) is not None]
+            tests = comparison.tests(who.label)
             solved, asked = sum(score >= comparison.solved_at for score in tests), sum(cell.chosen for cell in cells)
             row.append(Cell(f"{solved} of {asked}", solved / asked) if tests else missing())
         if with_steps:

@@ -137,9 +137,28 @@ class Comparison:
 
     @property
     def levels(self) -> dict[str, float]:
-        """Values of the metric that show no skill, by name."""
-        found = self.info.get("data", {}).get("levels") or {}
-        return {str(name): value for name, raw in found.items() if (value := number(raw)) is not None}
+        """Values of the metric that show no skill on the test data as a whole, by name."""
+        return _levels(self.info.get("data", {}).get("levels"))
+
+    @property
+    def levels_by_length(self) -> dict[int, dict[str, float]]:
+        """The same on examples of one length, by that; empty where nobody wrote them down."""
+        found = self.info.get("data", {}).get("levels_by_length") or {}
+        return {int(length): _levels(levels) for length, levels in found.items()}
+
+    @property
+    def levels_of_validation(self) -> dict[str, float]:
+        """The same on validation data; empty where their examples have other lengths, and nothing is known of these."""
+        lengths = self.lengths.get("validation")
+        if lengths and lengths == self.lengths.get("test"):
+            return self.levels
+        return self.levels_by_length.get(lengths[0], {}) if lengths and len(lengths) == 1 else {}
+
+    @property
+    def lengths(self) -> dict[str, list[int]]:
+        """Tokens of the examples, by split, as far as somebody wrote them down."""
+        found = self.info.get("data", {}).get("lengths") or {}
+        return {str(split): sorted(map(int, lengths)) for split, lengths in found.items()}
 
     @property
     def seeds(self) -> list[str]:
@@ -191,9 +210,14 @@ class Comparison:
         """A column over the seeds, at the learning rate picked."""
         return Spread.of(cell.number(column) for cell in self.chosen(label))
 
+    def tests(self, label: str) -> list[float]:
+        """The metric on test data of each seed that has it, at the learning rate picked."""
+        column = f"test_{self.metric.name}"
+        return [value for cell in self.chosen(label) if (value := cell.number(column)) is not None]
+
     def test(self, label: str) -> Spread | None:
         """The metric on test data, over the seeds."""
-        return self.spread(label, f"test_{self.metric.name}")
+        return Spread.of(self.tests(label))
 
     def steps_to_90(self, label: str) -> Spread | None:
         """Steps to the first validation with 0.9 right, over the seeds, infinite for one that never came so far."""
@@ -252,6 +276,10 @@ class Comparison:
             if step is not None and value is not None:
                 points.append((int(step), value))
         return points
+
+
+def _levels(found: dict[str, Any] | None) -> dict[str, float]:
+    return {str(name): value for name, raw in (found or {}).items() if (value := number(raw)) is not None}
 
 
 def number(value: Any) -> float | None:

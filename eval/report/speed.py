@@ -21,6 +21,10 @@ _MARKS = {"out_of_memory": "x", "too_slow": "+", "failed": "1"}
 _MARKS_SAID = {"out_of_memory": "× Out of memory", "too_slow": "+ Too slow to measure", "failed": "Y Failed"}
 _MOST_NUMBERED = 6
 """Crossovers with a line in a chart; more would hide it."""
+_BRACKETS = (
+    '"Not narrowed down" marks a mere bracket: the order was measured at its two lengths alone, and changes somewhere '
+    "between them."
+)
 _LENGTH = {"decode": "tokens read before"}
 
 
@@ -41,29 +45,37 @@ def _section(comparison: Comparison, anchor: str, title: str, kinds: tuple[str, 
     blocks: list[Block] = []
     for kind in kinds:
         if bench.of(kind):
-            crossovers = _crossovers(comparison, bench, kind)
-            numbered = [(str(i), entry) for i, entry in enumerate(crossovers[:_MOST_NUMBERED], start=1)]
+            first, rest = _crossovers(comparison, bench, kind)
+            numbered = [(str(i), entry) for i, entry in enumerate(first, start=1)]
             blocks.append(Text(_KINDS[kind][1]))
             blocks.append(Charts(_charts(comparison, bench, kind, numbered)))
             if numbered:
                 blocks.append(Points([f"({number}) {entry.get('text', '')}" for number, entry in numbered]))
-            if len(crossovers) > len(numbered):
-                rest = [[Cell(str(entry.get("text", "")))] for entry in crossovers[_MOST_NUMBERED:]]
-                blocks.append(Table("More crossovers", [Column("", number=False)], rest, folded=True))
+            if not all(entry.get("measured") for entry in [*first, *rest]):
+                blocks.append(Text(_BRACKETS))
+            if rest:
+                guessed = sum(not entry.get("measured") for entry in rest)
+                caption = f"More crossovers: {len(rest) - guessed} measured, {guessed} mere brackets"
+                texts = [[Cell(str(entry.get("text", "")))] for entry in rest]
+                blocks.append(Table(caption, [Column("", number=False)], texts, folded=True))
             blocks.append(_table(comparison, bench, kind))
     return Section(anchor, title, blocks)
 
 
-def _crossovers(comparison: Comparison, bench: Bench, kind: str) -> list[dict[str, Any]]:
-    """Those of the baseline first, then time before memory, then by length."""
+def _crossovers(comparison: Comparison, bench: Bench, kind: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The few that are shown, and the rest: those of the baseline first, then by whether, what and where."""
     baselines = {who.label for who in comparison.contestants if who.arch == BASELINE}
     found = [entry for entry in bench.crossovers if entry.get("kind") == kind and entry.get("from_length")]
 
-    def order(entry: dict[str, Any]) -> tuple[bool, bool, float]:
-        others = baselines.isdisjoint({entry.get("faster"), entry.get("slower")})
-        return others, entry.get("quantity") != "time", entry["from_length"]
+    def of_others(entry: dict[str, Any]) -> bool:
+        return baselines.isdisjoint({entry.get("faster"), entry.get("slower")})
 
-    return sorted(found, key=order)
+    def order(entry: dict[str, Any]) -> tuple[bool, bool, bool, float]:
+        return of_others(entry), not entry.get("measured"), entry.get("quantity") != "time", entry["from_length"]
+
+    found.sort(key=order)
+    most = min(_MOST_NUMBERED, sum(not of_others(entry) for entry in found) or _MOST_NUMBERED)
+    return found[:most], found[most:]
 
 
 def _charts(
@@ -102,6 +114,7 @@ def _charts(
             if entry.get("quantity") == quantity and entry.get("measured")
         ]
         spread = "Median, and a bar from the fastest to the slowest repeat." if quantity == "time" else "Measured once."
+        spread += " A repeat is itself the median of some tokens." if (kind, quantity) == ("decode", "time") else ""
         crossed = " Numbered lines: from there on one overtakes another, in words below." if lines_at else ""
         caption = f"{spread}{crossed}{_missing(comparison, bench, kind)}"
         title = f"{_KINDS[kind][0]}: {name}"
@@ -142,7 +155,7 @@ def _table(comparison: Comparison, bench: Bench, kind: str) -> Table:
     rows = bench.of(kind)
     optional: list[tuple[str, Column, words.Form]] = [
         ("peak_memory_bytes", Column("peak memory", "beyond weights"), words.size),
-        ("state_bytes", Column("state", "bytes held by all sequences" if kind != "decode" else "bytes"), words.size),
+        ("state_bytes", Column("state", "bytes held, of one sequence"), words.size),
         ("flops", Column("FLOPs", "counted"), words.short),
         ("flops_share", Column("of matrix product", "share of what a large one reaches here"), words.percent),
         ("bytes_share", Column("of memory copy", "share of what a large one reaches here"), words.percent),

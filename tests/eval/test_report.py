@@ -170,7 +170,7 @@ def test_below_the_plateau_nobody_has_learnt(tmp_path: Path) -> None:
     folder = make(tmp_path / "c", names=TRIO, bench=False, runs=False)
     edit(folder, data={"name": "mqar", "levels": {"chance": 0.1, "plateau": 0.9999}})
     told = said(folder)["Which is most accurate?"]
-    assert "not clearly above plateau (1.000): nobody has learnt this task" in told
+    assert "Even the best seed of all is below plateau (1.000): nobody has learnt this task." in told
     assert "chance" not in told
 
 
