@@ -3,11 +3,13 @@
 A sequence names `num_pairs` keys with their values, k0 v0 k1 v1 ..., then asks for each key once; the label stands at
 the asked key. In between is filler, token 0. Keys are the ids 1 ... V/2 - 1, values V/2 ... V - 1.
 
-Shape letters: N examples, L tokens per example, K key-value pairs, S slots for a query.
+Each split has seeds of its own, as published, which keeps them apart as long as two examples are hardly ever alike. For
+small shapes, none of them published, an example belongs to one split by a hash of its tokens instead.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,99 +20,16 @@ from zoo.kernels.errors import ConfigError
 from zoo.settings import setting
 from zoo.train.data.base import SPLITS, DataConfig, Source, register_data
 from zoo.train.data.cache import build, token_types
-from zoo.train.data.stream import IGNORE, SLICE_PREFIX
+from zoo.train.data.mqar_examples import FORMAT, check, check_even, generate, generate_apart
+from zoo.train.data.stream import SLICE_PREFIX
 from zoo.train.recipe import Recipe
 
 if TYPE_CHECKING:
     import datasets
 
-# Part of what the cache is found by: raise it whenever `generate` gives other examples for the same arguments.
-FORMAT = 1
-
-
-def generate(
-    num_examples: int,
-    seq_len: int,
-    num_pairs: int,
-    vocab_size: int,
-    seed: int,
-    power_a: float = 0.01,
-    random_fillers: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Examples equal, bit for bit, to those of the published generator (HazyResearch/zoology) for the same seed.
-
-    Its draws come from numpy's legacy generator in this order: the keys of all examples, the values of all examples,
-    the query slots of all examples. Only random fillers differ from it: there they depend on torch's global random
-    state, here on `seed` alone.
-
-    Args:
-        num_examples: N.
-        seq_len: L, even.
-        num_pairs: K, with 4 K <= L.
-        vocab_size: V, at least 2 K + 2.
-        seed: in [0, 2^32).
-        power_a: query slot i = 1 ... S is drawn with probability proportional to i^(power_a - 1): small values put
-            queries early, 1 makes slots equally likely.
-        random_fillers: puts a random token of the whole vocabulary, 0 included, in the place of each filler.
-
-    Returns:
-        inputs (N, L) and targets (N, L), int64; targets are -100 but at the queries.
-
-    Raises:
-        ConfigError: the sizes do not go together.
-    """
-    _check(seq_len, num_pairs, vocab_size, power_a)
-    if num_examples < 1:
-        raise ConfigError(f"num_examples={num_examples}: expected at least 1")
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"seed={seed}: expected an integer from 0 to 2^32 - 1")
-    random = np.random.RandomState(seed)
-    key_ids = np.arange(1, vocab_size // 2)
-    value_ids = np.arange(vocab_size // 2, vocab_size)
-    context = 2 * num_pairs
-    slots = (seq_len - context) // 2
-    chances = power_a * np.arange(1, slots + 1) ** (power_a - 1)
-    chances = chances / chances.sum()
-
-    def draw(ids: np.ndarray, p: np.ndarray | None = None) -> np.ndarray:  # (N, K)
-        return np.stack([random.choice(ids, num_pairs, replace=False, p=p) for _ in range(num_examples)])
-
-    keys, values, gaps = draw(key_ids), draw(value_ids), draw(np.arange(slots), chances)
-    inputs = np.zeros((num_examples, seq_len), dtype=np.int64)
-    targets = np.full((num_examples, seq_len), IGNORE, dtype=np.int64)
-    inputs[:, 0:context:2] = keys
-    inputs[:, 1:context:2] = values
-    queries = context + 2 * gaps
-    np.put_along_axis(inputs, queries, keys, axis=1)
-    np.put_along_axis(targets, queries, values, axis=1)
-    if random_fillers:
-        fillers = inputs == 0
-        # Raw output, as numpy promises never to change it; the remainder's bias is below 2^-50.
-        inputs[fillers] = np.random.PCG64(seed).random_raw(fillers.sum()) % vocab_size
-    return inputs, targets
-
-
-def _check_even(seq_len: int) -> None:
-    if seq_len % 2:
-        raise ConfigError(f"data.seq_len={seq_len}: expected an even number")
-
-
-def _check(seq_len: int, num_pairs: int, vocab_size: int, power_a: float) -> None:
-    if num_pairs < 1:
-        raise ConfigError(f"data.num_pairs={num_pairs}: expected at least 1")
-    _check_even(seq_len)
-    if seq_len < 4 * num_pairs:
-        raise ConfigError(
-            f"data.seq_len={seq_len} is too short for data.num_pairs={num_pairs}: expected at least {4 * num_pairs}"
-        )
-    # The published code also asks for vocab_size > seq_len, which nothing in it needs.
-    if vocab_size < 2 * num_pairs + 2:
-        raise ConfigError(
-            f"data.vocab_size={vocab_size} is too small for data.num_pairs={num_pairs}: "
-            f"expected at least {2 * num_pairs + 2}"
-        )
-    if not power_a > 0:
-        raise ConfigError(f"data.power_a={power_a}: expected a number above 0")
+# With more different contexts, keys and their values, than this, a thousand test examples meet one of a million of
+# training less than once in a hundred seeds.
+_MANY = 10**11
 
 
 @dataclass(frozen=True)
@@ -120,6 +39,11 @@ class Segment:
     seq_len: int
     num_pairs: int
     num_examples: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens and pairs."""
+        return self.seq_len, self.num_pairs
 
 
 @dataclass(frozen=True)
@@ -205,12 +129,14 @@ PRESETS = {
 class MQARConfig(DataConfig):
     """Settings of `data=mqar`. None takes the preset's value.
 
-    With `seq_len` or `num_pairs` every split is one segment of that shape.
+    With `seq_len` or `num_pairs` every split is one segment of that shape, but for the test with `test_lengths`.
     """
 
     preset: str = setting("nano", "the setting to start from", choices=list(PRESETS))
     seq_len: int | None = setting(None, "tokens per sequence, even", minimum=4)
     num_pairs: int | None = setting(None, "key-value pairs per sequence, at most seq_len / 4", minimum=1)
+    test_lengths: list[int] | None = setting(None, "tokens per sequence in the test, one or several; null: no others")
+    test_pairs: list[int] | None = setting(None, "the pairs of each of these; null: those of the (first) training")
     vocab_size: int | None = setting(None, "token ids: filler, keys and values; at least 2 num_pairs + 2", minimum=4)
     num_examples: int | None = setting(None, "training examples per segment", minimum=1)
     validation_examples: int | None = setting(None, "validation examples per segment", minimum=1)
@@ -228,10 +154,21 @@ class MQARConfig(DataConfig):
             ConfigError: A value is out of range, or the sizes do not go together.
         """
         super().__post_init__()
+        if self.test_lengths == []:
+            self.fail("test_lengths", "expected at least one length, or null")
+        if self.test_pairs is not None and len(self.test_pairs) != len(self.test_lengths or ()):
+            self.fail("test_pairs", f"expected one number for each of data.test_lengths={self.test_lengths}")
         vocab_size, power_a = _given(self.vocab_size, self.base.vocab_size), _given(self.power_a, self.base.power_a)
         for split in SPLITS:
             for segment in self.segments(split):
-                _check(segment.seq_len, segment.num_pairs, vocab_size, power_a)
+                check(segment.seq_len, segment.num_pairs, vocab_size, power_a)
+        for segment in self.segments("test"):
+            learnt = segment.shape in _shapes(self.segments("train"))
+            if learnt and self._small(segment) and not self.apart(segment):
+                raise ConfigError(
+                    f"data.preset={self.preset} has nearly all examples of {segment.seq_len} tokens with "
+                    f"{segment.num_pairs} pairs in training: test at another of data.test_lengths or data.test_pairs"
+                )
 
     @property
     def base(self) -> Preset:
@@ -244,10 +181,19 @@ class MQARConfig(DataConfig):
         Raises:
             ConfigError: the preset knows no number of pairs for `seq_len`, and none is given.
         """
+        segments = self._segments(split)
+        if split != "test" or self.test_lengths is None:
+            return segments
+        pairs = self.test_pairs or [self._segments("train")[0].num_pairs] * len(self.test_lengths)
+        number = segments[0].num_examples
+        return tuple(Segment(length, count, number) for length, count in zip(self.test_lengths, pairs, strict=True))
+
+    def _segments(self, split: str) -> tuple[Segment, ...]:
+        """The same without `test_lengths`."""
         segments: tuple[Segment, ...] = getattr(self.base, split)
         if self.seq_len is not None or self.num_pairs is not None:
             seq_len = _given(self.seq_len, segments[0].seq_len)
-            _check_even(seq_len)
+            check_even(seq_len)
             num_pairs = self.base.lines.get(seq_len) if self.num_pairs is None else self.num_pairs
             if num_pairs is None:
                 known = ", ".join(f"{length} with {pairs} pairs" for length, pairs in self.base.lines.items())
@@ -258,13 +204,31 @@ class MQARConfig(DataConfig):
         wanted = self.examples(split)
         return tuple(Segment(s.seq_len, s.num_pairs, _given(wanted, s.num_examples)) for s in segments)
 
+    def apart(self, segment: Segment) -> bool:
+        """Whether splits share the shape of a segment and it is so small that their examples would be alike.
+
+        Whatever `test_lengths` are: they change nothing of the training.
+        """
+        return self._small(segment) and sum(segment.shape in _shapes(self._segments(split)) for split in SPLITS) > 1
+
+    def _small(self, segment: Segment) -> bool:
+        vocab_size = _given(self.vocab_size, self.base.vocab_size)
+        keys, values = vocab_size // 2 - 1, vocab_size - vocab_size // 2
+        return math.perm(keys, segment.num_pairs) * math.perm(values, segment.num_pairs) <= _MANY
+
     def seeds(self, split: str) -> list[int]:
-        """The seed of each segment: the published code's for training and test, the draws after them for validation."""
+        """The seed of each segment: the published code's for training and test, the draws after them for the others."""
         random = np.random.RandomState(self.data_seed)
         drawn = {}
         for name, low, high in (("train", 0, 2**31), ("test", 2**31, 2**32), ("validation", 2**31, 2**32)):
-            drawn[name] = random.randint(low, high, size=len(self.segments(name)), dtype=np.int64).tolist()
+            drawn[name] = random.randint(low, high, size=len(self._segments(name)), dtype=np.int64).tolist()
+        if self.test_lengths is not None:  # last, so that they change neither training nor validation
+            drawn["test"] = random.randint(2**31, 2**32, size=len(self.test_lengths), dtype=np.int64).tolist()
         return drawn[split]
+
+
+def _shapes(segments: tuple[Segment, ...]) -> set[tuple[int, int]]:
+    return {segment.shape for segment in segments}
 
 
 def _given(value: Any, preset: Any) -> Any:
@@ -322,6 +286,7 @@ class MQAR(Source[MQARConfig]):
                 power_a=_given(config.power_a, config.base.power_a),
                 random_fillers=_given(config.random_fillers, config.base.random_fillers),
                 format=FORMAT,
+                **({"split": split} if config.apart(segment) else {}),
             )
             for segment, seed in zip(config.segments(split), config.seeds(split), strict=True)
         ]
@@ -333,5 +298,6 @@ class MQAR(Source[MQARConfig]):
 
 def _rows(format: int, **arguments: Any) -> Iterator[dict[str, Any]]:
     shape = {f"{SLICE_PREFIX}{name}": arguments[name] for name in ("seq_len", "num_pairs")}
-    for inputs, targets in zip(*generate(**arguments), strict=True):
+    examples = generate_apart(**arguments) if "split" in arguments else generate(**arguments)
+    for inputs, targets in zip(*examples, strict=True):
         yield {"inputs": inputs, "targets": targets} | shape

@@ -263,7 +263,7 @@ def examples(task: str, split: str, num_examples: int, data_seed: int, **argumen
                 f"ask for longer sequences or more tokens to choose from"
             )
         block = generate(max(1, _BLOCK // arguments["seq_len"]), draws, **arguments)
-        keep = _owners(block.inputs) == SPLITS.index(split)
+        keep = owners(block.inputs) == SPLITS.index(split)
         if block.valid is not None:
             keep &= block.valid
         rows = np.flatnonzero(keep)[: num_examples - found]
@@ -274,7 +274,7 @@ def examples(task: str, split: str, num_examples: int, data_seed: int, **argumen
         )
 
 
-def _owners(inputs: np.ndarray) -> np.ndarray:
+def owners(inputs: np.ndarray) -> np.ndarray:
     """The split (its place in `SPLITS`) that each row belongs to, (N,)."""
     weights = np.random.PCG64(0).random_raw(inputs.shape[1]) | np.uint64(1)
     mixed = ((inputs + 1).astype(np.uint64) * weights).sum(1)  # modulo 2^64

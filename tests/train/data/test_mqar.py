@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from zoo.kernels.errors import ConfigError
 from zoo.train.data import SPLITS, DataModule, MQARConfig, create_source
-from zoo.train.data.mqar import FORMAT, generate
+from zoo.train.data.mqar_examples import FORMAT, generate, generate_apart
 
 
 def published(num_examples, seq_len, num_pairs, vocab_size, seed, power_a=0.01):
@@ -67,6 +67,10 @@ def test_examples_of_this_format_are_pinned():
     arrays = generate(100, 32, 4, 64, 123, random_fillers=True)
     hashed = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     assert (FORMAT, hashed[:16]) == (1, "e8315a1aa3d3180b")
+    few = generate_apart("test", 50, 7, seq_len=8, num_pairs=2, vocab_size=16)
+    assert hashlib.sha256(b"".join(array.tobytes() for array in few)).hexdigest()[:16] == "2de6b54f70e0cbb4"
+    again = generate_apart("test", 20, 7, seq_len=8, num_pairs=2, vocab_size=16)
+    np.testing.assert_array_equal(again[0], few[0][:20])
 
 
 @pytest.mark.parametrize("random_fillers", [False, True])
@@ -151,6 +155,41 @@ def test_the_three_splits_share_no_example():
     assert (len(rows["validation"]), len(rows["test"])) == (512, 2_048)
     for split, other in itertools.combinations(SPLITS, 2):
         assert not rows[split] & rows[other]
+
+
+@pytest.mark.parametrize(("seq_len", "num_pairs", "vocab_size"), [(8, 1, 8), (8, 2, 16)])
+def test_the_splits_of_small_shapes_share_no_example(seq_len, num_pairs, vocab_size):
+    shape = {"seq_len": seq_len, "num_pairs": num_pairs, "vocab_size": vocab_size}
+    source = create_source(MQARConfig(**shape, num_examples=2_000, validation_examples=100, test_examples=100))
+    rows = {split: _inputs(source.load(split)[0]) for split in SPLITS}
+    assert [len(rows[split]) for split in SPLITS] == [2_000, 100, 100]
+    different = {split: {row.tobytes() for row in rows[split]} for split in SPLITS}
+    for split, other in itertools.combinations(SPLITS, 2):
+        assert not different[split] & different[other]
+    assert len(different["train"]) > 3 * len(different["test"])
+    for row, labels in zip(rows["test"], source.load("test")[0].with_format("numpy")["targets"], strict=True):
+        facts = dict(zip(row[: 2 * num_pairs : 2], row[1 : 2 * num_pairs : 2], strict=True))
+        assert [facts[key] for key in row[labels != -100]] == labels[labels != -100].tolist()
+
+
+def test_a_shape_with_too_few_examples_for_all_splits_is_one_clear_line():
+    source = create_source(MQARConfig(seq_len=4, num_pairs=1, vocab_size=4, num_examples=9))  # of two examples
+    with pytest.raises(ConfigError, match=r"too few different examples of data.seq_len=4 data.num_pairs=1"):
+        [source.load(split) for split in SPLITS]
+
+
+def test_the_test_may_have_other_lengths_and_pairs():
+    config = MQARConfig(num_examples=50, test_examples=6, test_lengths=[32, 64, 64], test_pairs=[4, 4, 16])
+    plain, source = MQARConfig(num_examples=50), create_source(config)
+    assert [segment.shape for segment in config.segments("test")] == [(32, 4), (64, 4), (64, 16)]
+    assert [segment.shape for segment in MQARConfig(test_lengths=[128]).segments("test")] == [(128, 4)]
+    assert source.slice_values == {"seq_len": [32, 64], "num_pairs": [4, 16]}
+    assert source.levels["plateau"] == pytest.approx(3 / 24)
+    for split in ("train", "validation"):
+        assert (config.segments(split), config.seeds(split)) == (plain.segments(split), plain.seeds(split))
+    assert not set(config.seeds("test")) & set(plain.seeds("test") + plain.seeds("validation"))
+    for table, segment, seed in zip(source.load("test"), config.segments("test"), config.seeds("test"), strict=True):
+        np.testing.assert_array_equal(_inputs(table), generate(6, *segment.shape, 64, seed)[0])
 
 
 def _inputs(table) -> np.ndarray:
@@ -247,6 +286,11 @@ def test_every_setting_of_a_preset_can_be_replaced():
         ({"power_a": 0.0}, "more than 0"),
         ({"data_seed": -1}, "at least 0"),
         ({"num_examples": 0}, "at least 1"),
+        ({"test_lengths": []}, "at least one length"),
+        ({"test_lengths": [64], "test_pairs": [4, 8]}, "one number for each"),
+        ({"test_pairs": [4]}, "one number for each"),
+        ({"test_lengths": [64, 8]}, "too short"),
+        ({"test_lengths": [8], "test_pairs": [2]}, "8 tokens with 2 pairs in training"),
         ({"seq_len": "abc"}, "an integer"),
     ],
 )
