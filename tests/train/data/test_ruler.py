@@ -55,6 +55,10 @@ def test_the_sizes_follow_the_length():
     assert niah("niah_multikey_3", 1_024)["n_needles"] == 14
     assert niah("niah_multikey_2", 8_192)["n_needles"] == 512
     assert counts("cwe", 256) == ([42, 35, 28] + [7] * 17, 0, 3)
+    for length, least, unit in ((512, 5, 7), (1_024, 6, 6), (2_048, 6, 13), (4_096, 10, 20)):
+        often, first, last = counts("cwe", length)
+        assert often == [unit * (least + last - 1 - rank) for rank in range(last)] + [unit] * (len(often) - last)
+        assert (first, last, len(often)) == ((0, 5, 40) if length == 512 else (0, 10, 60))
     often, first, last = counts("fwe", 256)
     assert (often[:5], first, last) == ([174, 38, 17, 9, 6], 1, 4)  # 253 words, the first what is left
     for length in range(128, 2_000):
