@@ -15,8 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.checkpoint import load_pretrained
+from zoo.console import report
 from zoo.kernels import backends
-from zoo.train.data import IGNORE, DataModule
+from zoo.layers.landmark_tokens import LandmarkTokens
+from zoo.train.data import DataModule
+from zoo.train.errors import foreseen
+from zoo.train.folder import RunFolder
 from zoo.train.module import SequenceModule
 
 BATCHES, ROWS = 8, 32
@@ -24,6 +29,32 @@ BATCHES, ROWS = 8, 32
 MEMORY_PARTS = ("compressed memory", "memory", "own segment")
 BLOCK_KINDS = ("retrieved", "landmark_weights")
 _COLOURS = ("#cc79a7", "#e69f00", "#0072b2")  # from the palette of Okabe and Ito
+
+
+def write(
+    folder: RunFolder, module: SequenceModule, data: DataModule, device: torch.device, *, load: bool = False
+) -> None:
+    """Writes what `collect` finds on a finished run into its folder, with a picture.
+
+    What goes wrong here takes nothing from the run: it is told in one line on stderr.
+
+    Args:
+        folder: Of the run.
+        module: What was trained.
+        data: Its data.
+        device: Where to read.
+        load: Take the weights from the folder first.
+    """
+    try:
+        if load:
+            module.model.load_state_dict(load_pretrained(folder.model).state_dict())
+        found = collect(module, data, device)
+        if found:
+            folder.write_diagnostics(found)
+            title = f"{module.model.architecture} on {data.source.name}"
+            draw(found, title, folder.diagnostics.with_suffix(".png"))
+    except Exception as error:
+        report(error, foreseen, head=f"warning: {folder.path} is finished, but without diagnostics")
 
 
 @torch.no_grad()
@@ -44,8 +75,9 @@ def collect(module: SequenceModule, data: DataModule, device: torch.device) -> d
         - "retrieved", or "landmark_weights" where all blocks are read, if the data know where their answers stand
           (`Source.answer_positions`): "found", the share of heads that read the answer's block at the question, or the
           weight they give to it; "alike", the same if all blocks were treated alike; "questions", from how many; and
-          "read", triples (block of the answer, block read, share). Questions that stand in the answer's own block are
-          left out. Blocks are numbered from the beginning of the row.
+          "read", triples (block of the answer, block read, share). Each label is a question, asked at the token that
+          predicts it; those asked in the answer's own block are left out. Blocks are numbered from the beginning of the
+          row.
         - Other kinds: the mean.
     """
     model = module.model.to(device).eval()
@@ -72,8 +104,8 @@ def collect(module: SequenceModule, data: DataModule, device: torch.device) -> d
                 value = value.float().flatten(0, -2) if kind.endswith("memory_mass") else value.float().flatten()
                 means[kind][layer].append(value.mean(0).cpu().numpy())
             elif positions is not None:
-                block_size: int = model.config.block_size  # type: ignore[attr-defined]
-                reads[kind][layer].append(_questions(kind, value.cpu(), batch["targets"], positions, block_size))
+                assert isinstance(model.wrapper, LandmarkTokens), "whoever shows blocks has a wrapper that makes them"
+                reads[kind][layer].append(_questions(kind, value.cpu(), positions[:some], model.wrapper.block_size))
     found: dict[str, Any] = {
         kind: {layer: _named(kind, np.mean(values, axis=0)) for layer, values in layers.items()}
         for kind, layers in means.items()
@@ -88,16 +120,16 @@ def _named(kind: str, mean: np.ndarray) -> Any:
     return dict(zip(MEMORY_PARTS, mean.tolist(), strict=True)) if kind.endswith("memory_mass") else float(mean)
 
 
-def _questions(kind: str, shown: Tensor, targets: Tensor, positions: Tensor, block_size: int) -> np.ndarray:
+def _questions(kind: str, shown: Tensor, positions: Tensor, block_size: int) -> np.ndarray:
     """For each question the block of its answer, its own, and what it reads of each block, (Q, 2 + C) float64."""
-    rows, times = (targets[: len(shown)] != IGNORE).nonzero(as_tuple=True)
+    rows, times = (positions >= 0).nonzero(as_tuple=True)
     weights = shown[rows, times]  # (Q, k), (Q, H, k) or (Q, H, C)
     if kind.endswith("retrieved"):
         blocks = max(1, int(weights.max()) + 1) if weights.numel() else 1
         weights = F.one_hot(weights.clamp(min=0), blocks) * (weights >= 0)[..., None]
         weights = weights.sum(-2)  # (Q, C) or (Q, H, C)
     weights = weights.double().flatten(1, -2).mean(1) if weights.ndim > 2 else weights.double()
-    places = torch.stack((positions[rows] // block_size, times // block_size), dim=1)
+    places = torch.stack((positions[rows, times], times), dim=1) // block_size
     return torch.cat((places, weights), dim=1).numpy()
 
 

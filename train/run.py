@@ -85,6 +85,8 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
         folder, earlier = _open(config, data.source.name, fallback)
         if earlier is not None and is_finished(earlier):
             console.print(f"{folder.path} is finished already; nothing to resume", soft_wrap=True)
+            if not folder.diagnostics.exists():
+                diagnostics.write(folder, module, data, device, load=True)
             print_table(console, earlier)
             return earlier
         if config.trainer.compile:
@@ -115,11 +117,7 @@ def run(config: TrainConfig, *, console: Console | None = None, command: str | N
             if mended is None:
                 raise
             raise mended from error
-        found = diagnostics.collect(module, data, device)
-        if found:
-            folder.write_diagnostics(found)
-            title = f"{config.arch} on {data.source.name}"
-            diagnostics.draw(found, title, folder.diagnostics.with_suffix(".png"))
+        diagnostics.write(folder, module, data, device)
     print_table(console, summary)
     return summary
 

@@ -35,15 +35,17 @@ def run_cli(main: Callable[[], int | None], translate: Callable[[Exception], Zoo
         return report(error, translate)
 
 
-def report(error: Exception, translate: Callable[[Exception], ZooError | None] | None = None) -> int:
-    """Prints the one line about an error and returns its exit status; arguments and ZOO_DEBUG as in `run_cli`."""
+def report(
+    error: Exception, translate: Callable[[Exception], ZooError | None] | None = None, *, head: str = "error"
+) -> int:
+    """Prints the one line about an error, `head` before it, and returns its exit status; the rest as in `run_cli`."""
     if os.environ.get(DEBUG_VARIABLE) == "1":
         raise error
     known = error if isinstance(error, ZooError) else translate(error) if translate else None
     if known is None:
-        _say(f"error: {type(error).__name__}: {error} (not foreseen: {DEBUG_VARIABLE}=1 shows the traceback)")
+        _say(f"{head}: {type(error).__name__}: {error} (not foreseen: {DEBUG_VARIABLE}=1 shows the traceback)")
         return RUN_ERROR
-    _say(f"error: {known}")
+    _say(f"{head}: {known}")
     return getattr(known, "exit_status", USER_ERROR)
 
 
