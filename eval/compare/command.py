@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +78,11 @@ def compare(config: CompareConfig, words: Words, console: Console) -> Path:
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is known so far is written.
     """
     if config.models is not None:
-        told, evaluated, makers = evaluate_models(config, words, console)
+        told, evaluated, makers, device = evaluate_models(config, words, console)
         name = config.name or f"{told['data']['name']}-models"
         with opened(Path(config.folder) / name, told) as book:
             book.save(evaluated)
-            return _finish(book, config, evaluated, makers, torch.device("cpu"), console)
+            return _finish(book, config, evaluated, makers, device, console)
     plan = make_plan(config, words)
     with opened(Path(config.folder) / plan.name, describe(plan)) as book:
         rows = _train(plan, book, console)
@@ -147,25 +147,47 @@ def _finish(
     console: Console,
 ) -> Path:
     """Measures speed and memory, writes the report, and prints what came out."""
-    target = book.folder / BENCH
-    if config.bench and not target.exists():
-        lengths = config.lengths or [book.told["data"]["length"], *LONGER]
-        settings: dict[str, Any] = {"lengths": lengths, "device": device.type}
-        if config.trainer == "debug":
-            settings |= DEBUG_BENCH | ({"lengths": config.lengths} if config.lengths else {})
-        console.print("measuring speed and memory against length")
-        say = functools.partial(console.print, highlight=False, soft_wrap=True)
-        try:
-            measured = bench(makers, BenchSettings(**settings), say=say)
-            replace_text(target, json.dumps(measured, indent=2) + "\n")
-        except ZooError as error:  # the results of training stand without it
-            say(f"speed and memory could not be measured: {error}")
+    if config.bench:
+        _measure(book, config, makers, device, functools.partial(console.print, highlight=False, soft_wrap=True))
     book.save(finished=True)
     page = report.write(book.folder)
     console.width = max(console.width, WIDTH)  # a figure cut off is none
     console.print(_table(book.told, rows, config.solved_at))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return page
+
+
+def _measure(
+    book: Book,
+    config: CompareConfig,
+    makers: Sequence[tuple[str, MakeModel]],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Writes speed and memory against length, unless they were measured at these lengths already."""
+    target = book.folder / BENCH
+    lengths = config.lengths or [book.told["data"]["length"], *LONGER]
+    chosen: dict[str, Any] = {"lengths": lengths, "device": device.type}
+    if config.trainer == "debug":
+        chosen |= DEBUG_BENCH | ({"lengths": config.lengths} if config.lengths else {})
+    settings = BenchSettings(**chosen)
+    earlier = _lengths_measured(target)
+    if earlier == settings.lengths:
+        return
+    again = "" if earlier is None else f" anew: {BENCH} has lengths {earlier}, and asked for are {settings.lengths}"
+    say(f"measuring speed and memory against length{again}")
+    try:
+        replace_text(target, json.dumps(bench(makers, settings, say=say), indent=2) + "\n")
+    except ZooError as error:  # the results of training stand without it
+        say(f"speed and memory could not be measured: {error}")
+
+
+def _lengths_measured(path: Path) -> list[int] | None:
+    """Those in a bench.json, from the shortest on; None where there is no file that tells."""
+    try:
+        return sorted({row["length"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]})
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _resources(plan: Plan) -> tuple[int, int, list[str]]:
@@ -225,9 +247,10 @@ def _table(told: dict[str, Any], rows: Sequence[Row], solved_at: float) -> Table
     for entry in told["architectures"]:
         own = [row for row in rows if row["label"] == entry["label"]]
         chosen = [row for row in own if row["chosen"]]
-        scores = [row[f"test_{metric}"] for row in chosen if row.get(f"test_{metric}") is not None]
+        finished = [row for row in chosen if row["status"] == FINISHED]
+        scores = [row[f"test_{metric}"] for row in finished if row.get(f"test_{metric}") is not None]
         solved = [f"{sum(score >= solved_at for score in scores)} of {len(chosen)}"] if solves else []
-        speeds = [row["tokens_per_second"] for row in chosen if row.get("tokens_per_second")]
+        speeds = [row["tokens_per_second"] for row in finished if row.get("tokens_per_second")]
         failed = [row for row in own if row["status"] in (FAILED, OUT_OF_MEMORY)]
         table.add_row(
             entry["label"],

@@ -14,6 +14,9 @@ from zoo.train.objectives import OBJECTIVES
 
 OWNER = "zoo compare"
 TRAIN_GROUPS = ("data", "trainer", "optim")
+FOR_MODELS = ("models", "data", "objective", "solved_at", "bench", "lengths", "name", "folder")
+"""Settings that decide something beside `models`, as those of the dataset do, and of the trainer:"""
+TRAINER_FOR_MODELS = ("accelerator", "eval_batches")
 
 
 @dataclass(kw_only=True)
@@ -24,7 +27,10 @@ class CompareConfig(Settings):
     models: list[str] | None = setting(None, "or trained models: runs, names of `zoo list --pretrained`, hub ids")
     data: str | None = setting(None, f"dataset; null: {DEFAULT_DATA}, or what the models were trained on")
     trainer: str = setting("auto", "preset of the trainer: " + ", ".join(TRAINERS))
-    objective: str = setting("causal", "what is learnt: " + ", ".join(OBJECTIVES), choices=list(OBJECTIVES))
+    objective: str | None = setting(
+        None, f"what is learnt: {', '.join(OBJECTIVES)}; null: causal, or what the models learnt",
+        choices=list(OBJECTIVES),
+    )  # fmt: skip
     seeds: Any = setting(2, "how many seeds, or which: seeds=3 or seeds=[0,1,2]")
     lrs: list[float] | None = setting(
         None, "learning rates, for all; null: half, one and two times what suits data and architecture"
@@ -66,6 +72,8 @@ class CompareConfig(Settings):
             raise ConfigError(
                 f"{OWNER} takes one of the two: arch=... to train, models=... to evaluate what is trained"
             )
+        if self.models is None and self.objective is None:
+            self.objective = "causal"
         if self.match == "none" and self.budget is not None:
             self.fail("budget", "expected match=params, flops or state beside it")
 
@@ -85,7 +93,7 @@ def read_words(arguments: Sequence[str]) -> tuple[CompareConfig, Words]:
     """The settings on a command line.
 
     Raises:
-        ConfigError: A word is not `key=value`, or not known.
+        ConfigError: A word is not `key=value`, or not known, or it would decide nothing.
     """
     own: list[str] = []
     words = Words([], {}, [])
@@ -106,4 +114,18 @@ def read_words(arguments: Sequence[str]) -> tuple[CompareConfig, Words]:
             words.train.append(word)
         else:
             raise ConfigError(f"{word!r}: {did_you_mean(group, ('arch', 'launcher', *TRAIN_GROUPS))}")
-    return parse_overrides(CompareConfig, own, OWNER), words
+    config = parse_overrides(CompareConfig, own, OWNER)
+    if config.models is not None:
+        _check_for_models(arguments)
+    return config, words
+
+
+def _check_for_models(arguments: Sequence[str]) -> None:
+    known = (*FOR_MODELS, *(f"trainer.{key}" for key in TRAINER_FOR_MODELS))
+    for word in arguments:
+        key = word.partition("=")[0]
+        if key not in known and not key.startswith("data."):
+            raise ConfigError(
+                f"{word!r} decides nothing beside models=..., which are trained already: leave it out; what counts "
+                f"there is {', '.join(known[1:])} and data.KEY"
+            )

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,22 @@ def cell_row(folder: Path, cell: Cell, outcome: Outcome | None, metric: str) -> 
     row: Row = {"label": cell.label, "arch": cell.arch, "lr": cell.lr, "seed": cell.seed}
     row |= {"status": outcome.status, "reason": outcome.reason, "run": run.path.relative_to(folder).as_posix()}
     if outcome.status == FINISHED:
-        row |= figures(summary, metric) | {"steps_to_90": steps_to(run, LEARNT)}
+        scores = summary.get("metrics", {})
+        row |= course(summary) | {"steps_to_90": steps_to(run, LEARNT)}
+        row |= {f"val_{metric}": scores.get("val", {}).get(metric)} | test_scores(scores.get("test", {}), metric)
     return row
 
 
-def figures(summary: Mapping[str, Any], metric: str) -> Row:
-    """Those of a finished run."""
-    row = {
+def course(summary: Mapping[str, Any]) -> Row:
+    """How the training of a finished run went; its scores are not in this."""
+    return {
         key: summary.get(key) for key in (*_FIRST, *_LAST) if key in summary and key not in ("arch", "seed", "status")
     }
-    scores = summary.get("metrics", {})
-    row |= {f"{split}_{metric}": scores.get(split, {}).get(metric) for split in ("val", "test")}
-    test = scores.get("test", {})
-    return row | {f"test_{key}": value for key, value in test.items() if key.startswith(f"{metric}/")}
+
+
+def test_scores(metrics: Mapping[str, float], metric: str) -> Row:
+    """Those on test data, of all and of each slice, by one metric."""
+    return {f"test_{key}": value for key, value in metrics.items() if key.partition("/")[0] == metric}
 
 
 def steps_to(run: RunFolder, accuracy: float) -> int | None:
@@ -84,11 +87,15 @@ def choose(rows: Sequence[Row], metric: str, *, higher_is_better: bool) -> None:
             row["chosen"] = row["chosen"] or (row["label"] == label and row["lr"] == best)
 
 
-def check_batches(runs: Iterable[tuple[str, int | None, Mapping[str, Any]]]) -> None:
+def check_batches(
+    runs: Iterable[tuple[str, int | None, Mapping[str, Any]]],
+    mend: Callable[[str, str], str] = lambda first, second: "delete the folder of the one that is wrong",
+) -> None:
     """Holds the hashes of training batches against each other: those of one seed are the same as far as runs went.
 
     Args:
         runs: Name, seed and summary of each finished run.
+        mend: What to do about two runs that differ, of their names.
 
     Raises:
         DataError: Two runs of one seed were given other batches.
@@ -105,8 +112,7 @@ def check_batches(runs: Iterable[tuple[str, int | None, Mapping[str, Any]]]) -> 
             if digest != expected:
                 raise DataError(
                     f"{first} and {name}, both of seed {seed}, were not trained on the same batches (hash "
-                    f"{expected[:12]} and {digest[:12]}): they cannot stand in one table; delete "
-                    f"the folder of the one that is wrong"
+                    f"{expected[:12]} and {digest[:12]}): they cannot stand in one table; {mend(first, name)}"
                 )
 
 

@@ -181,7 +181,12 @@ def test_a_finished_comparison_writes_its_report_again_and_measures(copied, monk
     def bench(models, settings, say):
         asked.append(([label for label, _ in models], settings.lengths))
         assert models[0][1]().config.d_model == 16
-        return {"machine": {}, "reaches": {}, "rows": [], "crossovers": []}
+        rows = [
+            {"label": label, "kind": "train", "length": n, "status": "failed"}
+            for n in settings.lengths
+            for label, _ in models
+        ]
+        return {"machine": {}, "reaches": {}, "rows": rows, "crossovers": []}
 
     monkeypatch.setattr(compare_module, "bench", bench)
     words = [word for word in WORDS if not word.startswith(("bench", "arch.mamba", "arch="))]
