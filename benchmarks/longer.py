@@ -64,8 +64,8 @@ STUDIES = {
         lengths=[256 << i for i in range(7)],  # to 16,384
         models={"mamba": ["arch=mamba"], "transformer": ["arch=transformer"]},
         training=[
-            "data.batch_size=16",
-            "trainer.max_steps=5000",
+            "data.batch_size=32",
+            "trainer.max_steps=3000",
             "trainer.val_every=500",
             "optim.lr=2e-3",
             # As in the paper: with decay, or a rate that falls, a state is still forgotten beyond 1,024 tokens.
