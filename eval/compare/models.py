@@ -104,7 +104,9 @@ def evaluate_models(config: CompareConfig, words: Words, console: Console) -> Ev
         "machine": machine_info(device),
         "zoo_version": zoo.__version__,
     }
-    makers = [(label, functools.partial(load_pretrained, place)) for label, place in names.items()]
+    makers: list[tuple[str, MakeModel]] = [
+        (label, functools.partial(load_pretrained, place)) for label, place in names.items()
+    ]
     return Evaluated(told, rows, makers, device)
 
 
