@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from zoo.eval.text import by_position, find_number, windows
 from zoo.kernels.errors import ZooError
 from zoo.model import Model
 from zoo.train.config import as_override, train_config
-from zoo.train.data import DataModule
+from zoo.train.data import DataModule, ListOpsConfig, MQARConfig
 from zoo.train.data.text import PackedText
 from zoo.train.objectives import make_objective
 
@@ -28,9 +29,13 @@ class Entry:
 
     name: str
     data: str
-    longer: tuple[str, ...] = ()
-    """Settings over those of the training, such as the lengths to test at."""
+    longer: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    """Settings over those of the training, such as the lengths to test at; or what makes them of the training's."""
     kind: str = "labels"
+
+    def words(self, base: dict[str, Any]) -> tuple[str, ...]:
+        """The settings of `longer` for a model that was trained with `base`."""
+        return self.longer(data_config(self.data, base)) if callable(self.longer) else self.longer
 
 
 MAD = ("mad_recall", "mad_noisy", "mad_fuzzy", "mad_memorize", "mad_compress_causal", "mad_selcopy")
@@ -79,8 +84,7 @@ def _labels(entry: Entry, model: Model, past: History | None, chunk: int) -> Out
     if past is None or past.data != entry.data:
         learnt = "nothing that its folder tells of" if past is None else f"data={past.data}"
         return Outcome(entry.name, reason=f"it was trained on {learnt}, not on these data")
-    data = DataModule(data_config(entry.data, past.settings, entry.longer), seed=0)
-    data.prepare_data()
+    data = DataModule(data_config(entry.data, past.settings, entry.words(past.settings)), seed=0)
     objective = make_objective(past.objective, data.source.vocab_size, mask_rate=past.mask_rate)
     metrics = evaluate(model, data, objective=objective, chunk=chunk)
     return Outcome(entry.name, metrics, data.source.levels)
@@ -104,10 +108,30 @@ def _number(entry: Entry, model: Model, codec: Codec) -> Outcome:
     return Outcome(entry.name, metrics, {"chance": 1 / 50_000})
 
 
+def _pairs_farther_apart(config: MQARConfig) -> tuple[str, ...]:
+    """As many pairs at up to eight times the length of the training, unless its test is longer already."""
+    trained, tested = (max(segment.seq_len for segment in config.segments(split)) for split in ("train", "test"))
+    if tested > trained:
+        return ()
+    return (f"data.test_lengths={as_override([trained * times for times in (1, 2, 4, 8)])}", "data.test_examples=256")
+
+
+def _longer_expressions(config: ListOpsConfig) -> tuple[str, ...]:
+    """Longer than any of the training and nested deeper, up to twice the length."""
+    trained = config.grammar
+    return (
+        f"data.min_length={trained.max_length + 1}",
+        f"data.max_length={2 * trained.max_length}",
+        f"data.max_depth={trained.max_depth + 2}",
+        "data.num_examples=1000",  # only to learn the rules that the score is compared with
+        "data.test_examples=256",
+    )
+
+
 FARTHER = "data.test_lengths=[64,128,256,512,1024,2048,4096,8192,16384]"
 """For a task whose answer only moves away with the length."""
 SYNTHETIC = [
-    Entry("multi-query associative recall", "mqar"),
+    Entry("multi-query associative recall", "mqar", _pairs_farther_apart),
     Entry("associative recall", "assoc_recall"),
     Entry("induction heads", "induction", (FARTHER, "data.test_examples=64")),
     Entry("selective copying", "selective_copying"),
@@ -118,6 +142,7 @@ SYNTHETIC = [
     Entry("RULER in tokens", "ruler"),
     Entry("lost in the middle", "depth_curve"),
     Entry("ListOps", "listops"),
+    Entry("ListOps, longer expressions", "listops", _longer_expressions),
     Entry("parity", "parity"),
     Entry("word problem", "word"),
 ]

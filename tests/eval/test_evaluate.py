@@ -17,7 +17,7 @@ from zoo.eval.suites import SUITES, data_config
 from zoo.eval.text import FIRST_BUCKET, by_position, hidden_number, windows
 from zoo.kernels.errors import ConfigError, DataError
 from zoo.train.config import train_config
-from zoo.train.data import DataModule, list_data
+from zoo.train.data import DataConfig, DataModule, ListOpsConfig, MQARConfig, list_data
 from zoo.train.objectives import make_objective
 from zoo.train.run import run
 
@@ -105,6 +105,7 @@ def test_suite_runs_what_fits_and_says_what_does_not(recall: dict, reader: dict,
     assert tell(monkeypatch, f"model={recall['folder']}", "suite=longrange") == 0
     told = capsys.readouterr().out
     assert "multi-query associative recall\n" in told
+    assert "seq_len=256" in told
     assert "it was trained on data=mqar, not on these data: associative recall" in " ".join(told.split())
     assert "not trained on text" in told
     assert tell(monkeypatch, f"model={reader['folder']}", "suite=longrange") == 0
@@ -116,9 +117,24 @@ def test_suite_runs_what_fits_and_says_what_does_not(recall: dict, reader: dict,
 def test_suites_name_data_that_exist() -> None:
     entries = [entry for suite in SUITES.values() for entry in suite]
     for entry in entries:
-        assert data_config(entry.data, {"path": "a.txt"} if entry.data == "text" else {}, entry.longer)
+        base = {"path": "a.txt"} if entry.data == "text" else {}
+        assert data_config(entry.data, base, entry.words(base))
     trained_for = {entry.data for entry in entries if entry.kind == "labels"}
     assert trained_for == set(list_data()) - {"pystdlib", "text"}
+
+
+def test_longrange_asks_for_more_than_the_training() -> None:
+    longer = {entry.data: entry.longer for entry in SUITES["longrange"] if callable(entry.longer)}
+
+    def asked(config: DataConfig) -> dict[str, str]:
+        name = "mqar" if isinstance(config, MQARConfig) else "listops"
+        return dict(word.removeprefix("data.").split("=") for word in longer[name](config))
+
+    assert asked(MQARConfig())["test_lengths"] == "[32,64,128,256]"
+    assert asked(MQARConfig(seq_len=64, num_pairs=8))["test_lengths"] == "[64,128,256,512]"
+    assert asked(MQARConfig(preset="based_recall")) == {}, "its own test is longer than its training"
+    lists = asked(ListOpsConfig(preset="tiny"))
+    assert (lists["min_length"], lists["max_length"], lists["max_depth"]) == ("33", "64", "6")
 
 
 @pytest.mark.parametrize(
