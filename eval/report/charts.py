@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from markupsafe import Markup
@@ -198,7 +198,7 @@ class _LogTicks(Locator):
 
 
 def _levels(axes: Axes, levels: Levels) -> None:
-    style = {"color": FAINT, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
+    style: dict[str, Any] = {"color": FAINT, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
     for label, level in levels.items():
         if isinstance(level, Mapping):
             places = sorted(level)
