@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -14,12 +15,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from zoo.command import ModelSettings, load_model, parse_command, print_help
+from zoo.command import ModelSettings, PolicySettings, load_model, parse_command, print_help
+from zoo.eval import matrix
 from zoo.eval.evaluate import CHUNK, evaluate
 from zoo.eval.history import History, history
 from zoo.eval.measure import machine_info
 from zoo.eval.suites import SUITES, Entry, Outcome, data_config, run_entry
-from zoo.kernels.errors import ConfigError, DataError
+from zoo.kernels.errors import ConfigError, DataError, ZooError
 from zoo.model import Model
 from zoo.settings import setting
 from zoo.train.data import DataModule
@@ -32,22 +34,32 @@ OWNER = "zoo eval"
 class EvalConfig(ModelSettings):
     """What to evaluate, and on what."""
 
+    model: str = setting("", "folder of a model or of its run, a name that `zoo list --pretrained` shows, or a hub id")
+    models: list[str] | None = setting(
+        None, "or several, in one table of training length and test length: give data.test_lengths=[64,128,...]"
+    )
     data: str | None = setting(None, "dataset; its settings after a dot, data.seq_len=64; null: that of its training")
     suite: str | None = setting(None, f"or a suite of tasks: {', '.join(SUITES)}")
     split: str = setting("test", "which examples", choices=("test", "validation"))
     objective: str | None = setting(None, "what its labels are; null: as in its training", choices=list(OBJECTIVES))
     batches: int | None = setting(None, "only the first so many batches; null: all", minimum=1)
     chunk: int = setting(CHUNK, "tokens that a causal model reads at once, its state carried on", minimum=1)
-    out: str | None = setting(None, "file for the results, .json")
+    out: str | None = setting(None, "file for the results, .json; with models= also .csv")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if bool(self.model) == bool(self.models):
+            raise ConfigError("zoo eval takes one of the two: model=NAME, or models=[NAME,NAME] for a table by length")
+        if self.models and self.suite is not None:
+            raise ConfigError(f"models= are put to one dataset, and suite={self.suite} has several: give data=")
         if self.data is not None and self.suite is not None:
             raise ConfigError("zoo eval takes one of the two: data=NAME or suite=NAME")
         if self.suite is not None and self.suite not in SUITES:
             self.fail("suite", f"expected {' or '.join(SUITES)}")
         if self.out is not None and not Path(self.out).absolute().parent.is_dir():
             self.fail("out", "there is no such folder: make it first")
+        if self.out is not None and self.out.endswith(".csv") and not self.models:
+            self.fail("out", "a .csv is for models=, expected a file .json")
 
 
 def main() -> None:
@@ -59,9 +71,12 @@ def main() -> None:
         return
     data_words = [word for word in arguments if word.startswith("data.")]
     config, policies = parse_command(EvalConfig, [word for word in arguments if word not in data_words], OWNER)
+    console = Console()
+    if config.models:
+        _compare_lengths(config, policies, data_words, console)
+        return
     model, codec = load_model(config, policies)
     past = history(config.model)
-    console = Console()
     if config.suite is not None:
         if data_words:
             raise ConfigError(f"{data_words[0]} sets one dataset, and suite={config.suite} has several: give data=")
@@ -77,6 +92,31 @@ def main() -> None:
     for reason, names in left_out.items():
         console.print(f"not evaluated, {reason}: {', '.join(names)}", highlight=False)
     if config.out is not None:
+        _write(Path(config.out), config, outcomes)
+
+
+def _compare_lengths(config: EvalConfig, policies: PolicySettings, words: list[str], console: Console) -> None:
+    """Several models on one dataset, by length; one that cannot be evaluated is a row with its reason."""
+    rows, outcomes = [], []
+    for name in config.models or ():
+        alone = dataclasses.replace(config, model=name, models=None, out=None)
+        past = history(name)
+        try:
+            outcome = _one(alone, words, load_model(alone, policies)[0], past)
+        except ZooError as error:
+            outcome = Outcome(name, reason=str(error))
+        outcomes.append(outcome)
+        trained = past.settings.get("seq_len") if past else None
+        rows.append(matrix.Row(name, trained, matrix.by_length(outcome.metrics), outcome.reason))
+    if not any(row.accuracies for row in rows):
+        raise DataError(next((row.reason for row in rows if row.reason), "these data have no lengths to compare"))
+    console.print(matrix.table(rows))
+    for row in rows:
+        if row.reason:
+            console.print(f"not evaluated, {row.reason}: {row.model}", highlight=False)
+    if config.out is not None and config.out.endswith(".csv"):
+        matrix.write_csv(Path(config.out), rows)
+    elif config.out is not None:
         _write(Path(config.out), config, outcomes)
 
 
@@ -136,7 +176,7 @@ def _print(console: Console, outcome: Outcome) -> None:
 
 def _write(path: Path, config: EvalConfig, outcomes: list[Outcome]) -> None:
     told = {
-        "model": config.model,
+        "model": config.models or config.model,
         "split": config.split,
         "results": [outcome.to_dict() for outcome in outcomes],
         "machine": machine_info(),

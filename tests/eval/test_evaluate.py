@@ -1,5 +1,6 @@
 """`zoo eval`: the numbers are those of the trainer's own pass, however the examples are cut into chunks."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from zoo.console import run_cli
 from zoo.eval import command
 from zoo.eval.evaluate import evaluate
 from zoo.eval.history import history
+from zoo.eval.matrix import Row
 from zoo.eval.suites import SUITES, data_config
 from zoo.eval.text import FIRST_BUCKET, by_position, hidden_number, windows
 from zoo.kernels.errors import ConfigError, DataError
@@ -137,6 +139,29 @@ def test_longrange_asks_for_more_than_the_training() -> None:
     assert (lists["min_length"], lists["max_length"], lists["max_depth"]) == ("33", "64", "6")
 
 
+def test_several_models_make_a_table_of_lengths(recall: dict, reader: dict, monkeypatch, capsys, tmp_path) -> None:
+    out = tmp_path / "matrix.csv"
+    models = f"models=[{recall['folder']},{reader['folder']}]"
+    words = ["data=mqar", "data.test_lengths=[32,64]", "data.test_examples=16", "data.num_examples=64"]
+    assert tell(monkeypatch, models, *words, f"out={out}") == 0
+    assert "accuracy by length" in capsys.readouterr().out
+    lines = list(csv.DictReader(out.read_text().splitlines()))
+    assert [(line["model"], line["tested_at"]) for line in lines] == [
+        (run["folder"], length) for run in (recall, reader) for length in ("32", "64")
+    ]
+    module = DataModule(data_config("mqar", {}, tuple(words[1:])), 0)
+    metrics = evaluate(zoo.load_pretrained(recall["folder"]), module)
+    assert [float(line["acc"]) for line in lines[:2]] == [metrics["acc/seq_len=32"], metrics["acc/seq_len=64"]]
+    assert tell(monkeypatch, models, "data=nonsense") == 2
+    assert tell(monkeypatch, models, f"model={recall['folder']}") == 2
+    assert tell(monkeypatch, models, "suite=longrange") == 2
+
+
+def test_a_length_counts_with_all_shorter_ones() -> None:
+    assert Row("a", 64, {64: 1.0, 256: 0.95, 128: 0.9, 512: 0.2, 1024: 1.0}).effective == 256
+    assert Row("a", None, {64: 0.89, 128: 1.0}).effective is None
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -146,6 +171,7 @@ def test_longrange_asks_for_more_than_the_training() -> None:
         (["suite=longrange", "data.seq_len=3"], "sets one dataset"),
         (["data.seq_length=3"], "did you mean"),
         (["out=/nowhere/at/all.json"], "no such folder"),
+        (["out=results.csv"], "a .csv is for models="),
         (["batches=0"], "at least 1"),
     ],
 )
