@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize
@@ -252,6 +252,7 @@ def _build(group: str, settings: type[S], values: dict[str, Any]) -> S:
         raise ConfigError(f"{group}.{error}" if starts_with_field else str(error)) from error
 
 
+@functools.cache
 def _named(name: str, settings: type[Any]) -> type[Any]:
     """The settings class with one more field, the name that it was chosen by, and mappings that take new keys.
 
@@ -264,6 +265,6 @@ def _named(name: str, settings: type[Any]) -> type[Any]:
         if typing.get_origin(field_types(settings)[mapping.name]) is dict:
             assert mapping.default_factory is not dataclasses.MISSING
             default = mapping.default_factory()
-            open_mapping = partial(DictConfig, default, flags={"struct": False})
+            open_mapping = functools.partial(DictConfig, default, flags={"struct": False})
             fields.append((mapping.name, Any, field(default_factory=open_mapping)))
     return dataclasses.make_dataclass(settings.__name__, fields, bases=(settings,), kw_only=True)
