@@ -43,6 +43,7 @@ FORMS = {
     "longformer": ("longformer", {"n_heads": 4, "d_ff": 688, "window": 256}),
     "bigbird": ("bigbird", {"n_heads": 4, "d_ff": 688}),
     "landmark": ("landmark", {"n_heads": 4, "d_ff": 688, "block_size": 64}),
+    "landmark, top 4": ("landmark", {"n_heads": 4, "d_ff": 688, "block_size": 64, "top_k": 4}),
     "transformer_xl": ("transformer_xl", {"n_heads": 4, "d_ff": 688, "segment": 512, "memory": 512}),
     "compressive": (
         "compressive",
@@ -198,8 +199,8 @@ def per_token(arch: str, short: int, long: int, rounds: int) -> dict:
     return row | {"peak_memory_bytes": memory[0], "memory_ratio": memory[0] / memory[1]}
 
 
-def decoding(arch: str, early: int = 100, late: int = 100_000, steps: int = 200) -> dict:
-    """Time of one decoding step late in a text over that of an early one."""
+def decoding(arch: str, early: int = 100, late: int = 100_000, steps: int = 200, read: str | None = None) -> dict:
+    """Time of one decoding step late in a text over that of an early one; `read`: how it reads its memory then."""
     model, token = our_model(arch).eval(), torch.randint(VOCABULARY, (1, 1))
     seconds: dict[int, list[float]] = {}
     with torch.no_grad():
@@ -209,6 +210,9 @@ def decoding(arch: str, early: int = 100, late: int = 100_000, steps: int = 200)
             for piece in torch.randint(VOCABULARY, (1, position)).split(10_000, dim=1):
                 state = model(piece, state=state).state
             states[position] = state
+        if read is not None:
+            zoo.set_cache(model, read)
+        held = zoo.state_bytes(states[late])
         for turn in range(steps + 10):
             for position in (early, late) if turn % 2 else (late, early):
                 begun = time.perf_counter()
@@ -217,11 +221,13 @@ def decoding(arch: str, early: int = 100, late: int = 100_000, steps: int = 200)
                     seconds.setdefault(position, []).append(time.perf_counter() - begun)
     medians = {position: statistics.median(values) for position, values in seconds.items()}
     return {
-        "arch": arch,
+        "arch": arch if read is None else f"{arch}, then {read}",
         "early": early,
         "late": late,
         "seconds": medians[late],
+        "seconds_max": max(seconds[late]),
         "ratio": medians[late] / medians[early],
+        "state_bytes": held,
     }
 
 
@@ -266,6 +272,9 @@ def main() -> None:
         if args.only in f"{arch} against length":
             keep("per_token", per_token(arch, 1024, 32768, 5))
             keep("decoding", decoding(arch))
+    if args.only in "landmark, top 4 against length":
+        keep("decoding", decoding("landmark, top 4"))
+        keep("decoding", decoding("landmark, top 4", steps=10, read="full"))
     for arch in SPARSE:
         if args.only in f"{arch} against length":
             keep("per_token", per_token(arch, 2048, 65536, 3))
