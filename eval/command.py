@@ -127,7 +127,6 @@ def _one(config: EvalConfig, words: list[str], model: Model, past: History | Non
         raise ConfigError(f"model={config.model} does not tell what it was trained on: say data=NAME")
     known = past is not None and past.data == name
     module = DataModule(data_config(name, past.settings if past and known else {}, tuple(words)), seed=0)
-    module.prepare_data()
     objective = config.objective or (past.objective if past and known else "causal")
     mask_rate = past.mask_rate if past and known else None
     metrics = evaluate(
