@@ -168,7 +168,9 @@ def pick_device(accelerator: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
-        raise ConfigError(f"trainer.accelerator=gpu cannot run here ({reason}): trainer.accelerator=auto uses what there is")
+        raise ConfigError(
+            f"trainer.accelerator=gpu cannot run here ({reason}): trainer.accelerator=auto uses what there is"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 
