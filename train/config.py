@@ -152,10 +152,13 @@ class _Root(RunConfig):
 def register_configs() -> None:
     """Puts every registered architecture and dataset, the presets and the root into Hydra's store."""
     store = ConfigStore.instance()
+    settings: Any  # mypy asks the instances for the hash that the class has
     for name in list_models():
-        store.store(group="arch", name=name, node=_named(name, architecture(name).config))
+        settings = architecture(name).config
+        store.store(group="arch", name=name, node=_named(name, settings))
     for name in list_data():
-        store.store(group="data", name=name, node=_named(name, get_data(name).config))
+        settings = get_data(name).config
+        store.store(group="data", name=name, node=_named(name, settings))
     for name, (trainer, _) in TRAINERS.items():
         store.store(group="trainer", name=name, node=trainer)
     for name, (optimiser, _) in OPTIMISERS.items():

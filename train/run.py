@@ -169,7 +169,8 @@ def pick_device(accelerator: str) -> torch.device:
     if not torch.cuda.is_available():
         reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device"
         raise ConfigError(
-            f"trainer.accelerator=gpu cannot run here ({reason}): trainer.accelerator=auto uses what there is"
+            f"trainer.accelerator=gpu cannot run here ({reason}): "
+            f"trainer=auto, or trainer.accelerator=auto, uses what there is"
         )
     return torch.device("cuda", torch.cuda.current_device())
 
