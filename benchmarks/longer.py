@@ -65,7 +65,7 @@ STUDIES = {
         models={"mamba": ["arch=mamba"], "transformer": ["arch=transformer"]},
         training=[
             "data.batch_size=32",
-            "trainer.max_steps=3000",
+            "trainer.max_steps=5000",
             "trainer.val_every=500",
             "optim.lr=2e-3",
             # As in the paper: with decay, or a rate that falls, a state is still forgotten beyond 1,024 tokens.
