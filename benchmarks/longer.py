@@ -65,11 +65,11 @@ STUDIES = {
         models={"mamba": ["arch=mamba"], "transformer": ["arch=transformer"]},
         training=[
             "data.batch_size=32",
-            "trainer.max_steps=5000",
+            "trainer.max_steps=3750",
             "trainer.val_every=500",
             "optim.lr=2e-3",
-            # As in the paper: with decay, or a rate that falls, a state is still forgotten beyond 1,024 tokens.
-            "optim.schedule=constant",
+            # With weight decay, or at a rate that falls from the beginning, a state is forgotten beyond 1,024 tokens.
+            "optim.schedule=wsd",
             "optim.weight_decay=0",
         ],
         seeds=2,
