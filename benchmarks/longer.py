@@ -68,7 +68,7 @@ STUDIES = {
             "trainer.max_steps=3750",
             "trainer.val_every=500",
             "optim.lr=2e-3",
-            # With weight decay, or at a rate that falls from the beginning, a state is forgotten beyond 1,024 tokens.
+            # With weight decay, or at a rate that falls from the beginning, a state was forgotten beyond 4,096 tokens.
             "optim.schedule=wsd",
             "optim.weight_decay=0",
         ],
