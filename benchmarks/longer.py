@@ -6,8 +6,8 @@
 passkey: a fact stands somewhere in filler, and the last token asks for it. Landmark attention is trained on all blocks
 and tested with the best few of them alone, beside a Transformer that reads everything; until .995 of the validation
 examples are right, or for 1,200 steps.
-induction: what followed the first of two triggers. Mamba beside a Transformer, in two stages: until what is asked at the
-trained length is right, and then on, as it need not be right beyond that yet.
+induction: what followed the first of two triggers. Mamba beside a Transformer, in two stages: until what is asked at
+the trained length is right, and then on, as it need not be right beyond that yet.
 
 The models of a study have the same sizes and see the same examples, through the front door, with several seeds. It
 writes benchmarks/results/<study>.{json,png}.
