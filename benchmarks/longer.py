@@ -72,8 +72,8 @@ STUDIES = {
             # teach to keep it. Validation, at 256, cannot choose among the steps, so the last one is taken.
             [
                 "data.batch_size=8",
-                "trainer.max_steps=3000",
-                "trainer.val_every=3000",
+                "trainer.max_steps=6000",
+                "trainer.val_every=6000",
                 "optim.schedule=constant",
                 "optim.weight_decay=0",
             ],
