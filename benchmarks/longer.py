@@ -72,8 +72,8 @@ STUDIES = {
             # teach to keep it. Validation, at 256, cannot choose among the steps, so the last one is taken.
             [
                 "data.batch_size=8",
-                "trainer.max_steps=6000",
-                "trainer.val_every=6000",
+                "trainer.max_steps=3000",
+                "trainer.val_every=3000",
                 "optim.schedule=constant",
                 "optim.weight_decay=0",
             ],
@@ -86,7 +86,7 @@ STUDIES = {
 def train(runs: Path, name: str, words: list[str]) -> dict:
     """The summary of one run through the front door; it is trained unless it is there."""
     summary = runs / name / "summary.json"
-    if not summary.exists():
+    if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
         command = [sys.executable, "-m", "zoo.train", *words, f"runs_dir={runs}", f"name={name}", "resume=true"]
         subprocess.run(command, check=True)
     return json.loads(summary.read_text())
