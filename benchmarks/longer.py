@@ -20,7 +20,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -136,9 +136,12 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--runs", type=Path, help="folder of the runs; runs/<study>")
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--models", nargs="+", help="some of the study's")
     parser.add_argument("--examples", type=int, default=64, help="per length")
     args = parser.parse_args()
     study = STUDIES[args.study]
+    if args.models:
+        study = replace(study, models={name: study.models[name] for name in args.models})
     seeds = args.seeds or study.seeds
     rows = read(args.study, study, args.runs or Path("runs") / args.study, seeds, args.examples)
     for seed in range(seeds):  # to the end of the shorter run, as runs may end when they have learnt
