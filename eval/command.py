@@ -92,7 +92,7 @@ def main() -> None:
     for reason, names in left_out.items():
         console.print(f"not evaluated, {reason}: {', '.join(names)}", highlight=False)
     if config.out is not None:
-        _write(Path(config.out), config, outcomes)
+        _write(Path(config.out), _as_json(config, outcomes))
 
 
 def _compare_lengths(config: EvalConfig, policies: PolicySettings, words: list[str], console: Console) -> None:
@@ -114,10 +114,8 @@ def _compare_lengths(config: EvalConfig, policies: PolicySettings, words: list[s
     for row in rows:
         if row.reason:
             console.print(f"not evaluated, {row.reason}: {row.model}", highlight=False)
-    if config.out is not None and config.out.endswith(".csv"):
-        matrix.write_csv(Path(config.out), rows)
-    elif config.out is not None:
-        _write(Path(config.out), config, outcomes)
+    if config.out is not None:
+        _write(Path(config.out), matrix.as_csv(rows) if config.out.endswith(".csv") else _as_json(config, outcomes))
 
 
 def _one(config: EvalConfig, words: list[str], model: Model, past: History | None) -> Outcome:
@@ -173,14 +171,18 @@ def _print(console: Console, outcome: Outcome) -> None:
         console.print(f"for comparison: {levels}", highlight=False)
 
 
-def _write(path: Path, config: EvalConfig, outcomes: list[Outcome]) -> None:
+def _as_json(config: EvalConfig, outcomes: list[Outcome]) -> str:
     told = {
         "model": config.models or config.model,
         "split": config.split,
         "results": [outcome.to_dict() for outcome in outcomes],
         "machine": machine_info(),
     }
+    return json.dumps(told, indent=2) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         raise DataError(f"out={path}: cannot be written ({error.strerror})") from error

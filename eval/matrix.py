@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.table import Column, Table
-
-from zoo.kernels.errors import DataError
 
 ENOUGH = 0.9
 """Accuracy from which on a length counts as mastered."""
@@ -56,21 +54,15 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One line for each model and length.
-
-    Raises:
-        DataError: The file cannot be written.
-    """
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["model", "trained_at", "tested_at", "acc", "note"])
-            for row in rows:
-                for length in _lengths(rows):
-                    writer.writerow([row.model, row.trained, length, row.accuracies.get(length), row.reason])
-    except OSError as error:
-        raise DataError(f"out={path}: cannot be written ({error.strerror})") from error
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line for each model and length."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["model", "trained_at", "tested_at", "acc", "note"])
+    for row in rows:
+        for length in _lengths(rows):
+            writer.writerow([row.model, row.trained, length, row.accuracies.get(length), row.reason])
+    return file.getvalue()
 
 
 def _lengths(rows: Sequence[Row]) -> list[int]:

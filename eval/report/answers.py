@@ -193,8 +193,9 @@ def _sure(comparison: Comparison) -> Answer | None:
             "one seed",
             "Somebody has a result of one seed only, so no spread is known there; a difference may be luck." + gaps,
         )
-    again = {label for labels in same_figures(comparison) for label in labels[1:]}
-    same = f" {alike(comparison)} Pairs count them once." if again else ""
+    groups = same_figures(comparison)
+    again = {label for labels in groups for label in labels[1:]}
+    same = f" {alike(groups)} Pairs count them once." if again else ""
     pairs = list(itertools.combinations([value for who, value in ranking if who.label not in again], 2))
     if not pairs:
         return Answer(question, "There is nothing to tell apart", "", same.strip() + gaps)

@@ -62,11 +62,11 @@ def same_figures(comparison: Comparison) -> list[list[str]]:
     return [labels for labels in groups.values() if len(labels) > 1]
 
 
-def alike(comparison: Comparison) -> str:
-    """A sentence on such groups; empty where there is none."""
-    groups = "; ".join(words.listing(labels) for labels in same_figures(comparison))
+def alike(groups: list[list[str]]) -> str:
+    """A sentence on groups of `same_figures`; empty where there is none."""
+    told = "; ".join(words.listing(labels) for labels in groups)
     said = "Figures that are the same to the last digit in every run, as at this length they compute the same"
-    return f"{said}: {groups}." if groups else ""
+    return f"{said}: {told}." if told else ""
 
 
 def section(comparison: Comparison) -> Section:
@@ -94,7 +94,7 @@ def _points(comparison: Comparison) -> list[str]:
             f"Values that show no skill on the test data: {words.listing(named)}. A chart has them where they hold for "
             f"what it shows."
         )
-    if said := alike(comparison):
+    if said := alike(same_figures(comparison)):
         found.append(said)
     if not comparison.trained:
         return [*found, "Nothing was trained: finished models were evaluated. They may have seen other data before."]

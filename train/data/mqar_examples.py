@@ -5,14 +5,14 @@ Shape letters: N examples, L tokens per example, K key-value pairs, S slots for 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 
 from zoo.kernels.errors import ConfigError
-from zoo.train.data.base import SPLITS
 from zoo.train.data.stream import IGNORE
-from zoo.train.data.synthetic import owners
+from zoo.train.data.synthetic import Examples, owned
 
 # Part of what the cache is found by: raise it whenever `generate` gives other examples for the same arguments.
 FORMAT = 1
@@ -89,22 +89,18 @@ def generate_apart(split: str, num_examples: int, seed: int, **arguments: Any) -
     Raises:
         ConfigError: as of `generate`, or the split has no example of this shape, or nearly none.
     """
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []
-    found = drawn = 0
-    while found < num_examples:
-        if drawn * _BLOCK > _DRAWS_PER_EXAMPLE * (found + 100):
-            raise ConfigError(
-                f"data=mqar has too few different examples of data.seq_len={arguments['seq_len']} "
-                f"data.num_pairs={arguments['num_pairs']} data.vocab_size={arguments['vocab_size']} to keep some for "
-                f"{split}: ask for longer ones, more pairs or more token ids"
-            )
-        own = int(np.random.SeedSequence([seed, drawn]).generate_state(1)[0])
-        inputs, targets = generate(_BLOCK, seed=own, **arguments)
-        keep = np.flatnonzero(owners(inputs) == SPLITS.index(split))[: num_examples - found]
-        blocks.append((inputs[keep], targets[keep]))
-        found, drawn = found + len(keep), drawn + 1
-    inputs, targets = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    return inputs, targets
+
+    def too_few(found: int, drawn: int) -> str:
+        return (
+            f"data=mqar has too few different examples of data.seq_len={arguments['seq_len']} "
+            f"data.num_pairs={arguments['num_pairs']} data.vocab_size={arguments['vocab_size']} to keep some for "
+            f"{split}: ask for longer ones, more pairs or more token ids"
+        )
+
+    seeds = (int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) for number in itertools.count())
+    blocks = (Examples(*generate(_BLOCK, seed=own, **arguments)) for own in seeds)
+    kept = list(owned(blocks, split, num_examples, _DRAWS_PER_EXAMPLE, too_few))
+    return np.concatenate([block.inputs for block in kept]), np.concatenate([block.targets for block in kept])
 
 
 def check_even(seq_len: int) -> None:

@@ -8,6 +8,7 @@ Shape letters: N rows, L tokens per row, A labels of a row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -255,15 +256,44 @@ def examples(task: str, split: str, num_examples: int, data_seed: int, **argumen
     """
     generate = get_data(task).source.generate  # type: ignore[attr-defined]
     draws = Draws(task, split, data_seed, sorted(arguments.items()))
+    rows = max(1, _BLOCK // arguments["seq_len"])
+
+    def too_few(found: int, drawn: int) -> str:
+        return (
+            f"data={task} found {found} {split} examples in {drawn:,} draws, not {num_examples}: "
+            f"ask for longer sequences or more tokens to choose from"
+        )
+
+    return owned(
+        (generate(rows, draws, **arguments) for _ in itertools.count()), split, num_examples, _DRAWS_PER_ROW, too_few
+    )
+
+
+def owned(
+    blocks: Iterator[Examples],
+    split: str,
+    num_examples: int,
+    draws_per_row: int,
+    too_few: Callable[[int, int], str],
+) -> Iterator[Examples]:
+    """The rows of endless blocks that belong to a split, the first `num_examples`, in blocks.
+
+    Args:
+        blocks: what is drawn.
+        split: one of `SPLITS`.
+        num_examples: how many rows.
+        draws_per_row: how many draws each row may take, and a hundred rows more.
+        too_few: says what is wrong where nearly no row is of the split, from how many were found and drawn.
+
+    Raises:
+        ConfigError: there are too few different rows.
+    """
     found = drawn = 0
     while found < num_examples:
-        if drawn > _DRAWS_PER_ROW * (found + 100):
-            raise ConfigError(
-                f"data={task} found {found} {split} examples in {drawn:,} draws, not {num_examples}: "
-                f"ask for longer sequences or more tokens to choose from"
-            )
-        block = generate(max(1, _BLOCK // arguments["seq_len"]), draws, **arguments)
-        keep = owners(block.inputs) == SPLITS.index(split)
+        if drawn > draws_per_row * (found + 100):
+            raise ConfigError(too_few(found, drawn))
+        block = next(blocks)
+        keep = _owners(block.inputs) == SPLITS.index(split)
         if block.valid is not None:
             keep &= block.valid
         rows = np.flatnonzero(keep)[: num_examples - found]
@@ -274,7 +304,7 @@ def examples(task: str, split: str, num_examples: int, data_seed: int, **argumen
         )
 
 
-def owners(inputs: np.ndarray) -> np.ndarray:
+def _owners(inputs: np.ndarray) -> np.ndarray:
     """The split (its place in `SPLITS`) that each row belongs to, (N,)."""
     weights = np.random.PCG64(0).random_raw(inputs.shape[1]) | np.uint64(1)
     mixed = ((inputs + 1).astype(np.uint64) * weights).sum(1)  # modulo 2^64
